@@ -1,0 +1,85 @@
+"""sdlora: train Stable Diffusion LoRA adapters on one gaming GPU, and make pictures with them.
+
+The names below are the whole public interface. Heavy libraries load when a name is first used, so
+`import sdlora` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
+    from sdlora.adapters.layers import LoraLayer
+    from sdlora.config import BaseSection, DataSection, TrainConfig, load_config, parse_config
+    from sdlora.data.source import Dataset, open_dataset
+    from sdlora.errors import SdloraError
+    from sdlora.families.base import LoadedBase, ModelFamily
+    from sdlora.families.registry import detect_family, load_base
+    from sdlora.generation.engine import Engine
+    from sdlora.generation.pictures import read_recipe, save_picture
+    from sdlora.generation.request import GenerationRequest, Recipe, make_request
+    from sdlora.training.run import RunResult, train
+
+_HOMES = {
+    "AdapterFile": "sdlora.adapters.file",
+    "BaseSection": "sdlora.config",
+    "DataSection": "sdlora.config",
+    "Dataset": "sdlora.data.source",
+    "Engine": "sdlora.generation.engine",
+    "GenerationRequest": "sdlora.generation.request",
+    "LoadedBase": "sdlora.families.base",
+    "LoraLayer": "sdlora.adapters.layers",
+    "ModelFamily": "sdlora.families.base",
+    "Recipe": "sdlora.generation.request",
+    "RunResult": "sdlora.training.run",
+    "SdloraError": "sdlora.errors",
+    "TrainConfig": "sdlora.config",
+    "detect_family": "sdlora.families.registry",
+    "load_base": "sdlora.families.registry",
+    "load_config": "sdlora.config",
+    "make_request": "sdlora.generation.request",
+    "open_dataset": "sdlora.data.source",
+    "parse_config": "sdlora.config",
+    "read_adapter": "sdlora.adapters.file",
+    "read_recipe": "sdlora.generation.pictures",
+    "save_picture": "sdlora.generation.pictures",
+    "train": "sdlora.training.run",
+    "write_adapter": "sdlora.adapters.file",
+}
+
+__all__ = [
+    "AdapterFile",
+    "BaseSection",
+    "DataSection",
+    "Dataset",
+    "Engine",
+    "GenerationRequest",
+    "LoadedBase",
+    "LoraLayer",
+    "ModelFamily",
+    "Recipe",
+    "RunResult",
+    "SdloraError",
+    "TrainConfig",
+    "detect_family",
+    "load_base",
+    "load_config",
+    "make_request",
+    "open_dataset",
+    "parse_config",
+    "read_adapter",
+    "read_recipe",
+    "save_picture",
+    "train",
+    "write_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sdlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

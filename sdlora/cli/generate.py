@@ -1,0 +1,106 @@
+"""`sdlora generate --base BASE --adapter FILE:WEIGHT --prompt TEXT ...`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from sdlora import BaseSection, Engine, make_request, save_picture
+from sdlora.errors import ConfigError
+from sdlora.generation.pictures import picture_name
+from sdlora.generation.request import GenerationRequest
+from sdlora.storage import check_writable
+
+
+def run(arguments: list[str]) -> int:
+    """Make the pictures that the command line asks for; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    request = make_request(
+        prompt=options.prompt,
+        negative_prompt=options.negative_prompt,
+        seed=options.seed,
+        count=options.count,
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        width=options.width,
+        height=options.height,
+        adapters=[parse_adapter(text) for text in options.adapter],
+    )
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size is {options.batch_size}; expected 1 or more")
+    folder = Path(options.out).expanduser()
+    check_writable(folder)
+    return _generate(options, request, folder)
+
+
+def _generate(options: argparse.Namespace, request: GenerationRequest, folder: Path) -> int:
+    base = BaseSection(
+        path=options.base,
+        revision=options.revision,
+        variant=options.variant,
+        config=options.base_config,
+        tokenizer=options.tokenizer,
+        precision=options.precision,
+    )
+    engine = Engine(base, device=options.device)
+    before = engine.weights_sha256() if options.verify else ""
+    started = time.perf_counter()
+    for number, (picture, recipe) in enumerate(engine.generate(request, batch_size=options.batch_size), start=1):
+        path = folder / picture_name(recipe)
+        save_picture(picture, recipe, path)
+        rate = (time.perf_counter() - started) / number
+        print(f"{path}  ({number} of {request.count}, {rate:.2f} s a picture)", flush=True)
+    if options.verify:
+        unchanged = engine.weights_sha256() == before
+        print(f"base weights {'unchanged' if unchanged else 'CHANGED'}: {before}")
+        return 0 if unchanged else 1
+    return 0
+
+
+def parse_adapter(text: str) -> dict[str, object]:
+    """Return path and weight of "FILE" or "FILE:WEIGHT". A colon that is followed by no number is the path's."""
+    path, colon, weight = text.rpartition(":")
+    if colon:
+        try:
+            return {"path": path, "weight": float(weight)}
+        except ValueError:
+            if Path(text).suffix != ".safetensors" and Path(path).suffix == ".safetensors":
+                raise ConfigError(f"--adapter {text}: {weight!r} is no weight; expected FILE or FILE:0.8") from None
+    return {"path": text, "weight": 1.0}
+
+
+def _parser() -> argparse.ArgumentParser:
+    fields = {name: info.description for name, info in GenerationRequest.model_fields.items()}
+    base = {name: info.description for name, info in BaseSection.model_fields.items()}
+    parser = argparse.ArgumentParser(prog="sdlora generate", description="Make pictures, with or without adapters.")
+    parser.add_argument("--base", required=True, help=base["path"])
+    parser.add_argument("--revision", default="", help=base["revision"])
+    parser.add_argument("--variant", default="", help=base["variant"])
+    parser.add_argument("--base-config", default="", help=base["config"])
+    parser.add_argument("--tokenizer", default="", help=base["tokenizer"])
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="number format of the base"
+    )
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the GPU where there is one")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="adapter file and weight (default 1); several times for several",
+    )
+    parser.add_argument("--prompt", required=True, help=fields["prompt"])
+    parser.add_argument("--negative-prompt", default="", help=fields["negative_prompt"])
+    parser.add_argument("--seed", type=int, default=0, help=fields["seed"])
+    parser.add_argument("--count", type=int, default=1, help=fields["count"])
+    parser.add_argument("--steps", type=int, default=25, help=fields["steps"])
+    parser.add_argument("--guidance-scale", type=float, default=7.5, help=fields["guidance_scale"])
+    parser.add_argument("--width", type=int, default=0, help=fields["width"])
+    parser.add_argument("--height", type=int, default=0, help=fields["height"])
+    parser.add_argument("--out", default="outputs", help="folder for the PNG files (default: outputs)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="pictures made at once; 1 makes each exactly repeatable alone"
+    )
+    parser.add_argument("--verify", action="store_true", help="prove by hash that the base weights did not change")
+    return parser

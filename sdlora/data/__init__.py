@@ -1,0 +1,1 @@
+"""Pictures and captions: found, brought to pixels, encoded once, served in a fixed order."""

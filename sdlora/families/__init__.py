@@ -1,0 +1,1 @@
+"""The Stable Diffusion families: the home of diffusers and transformers models."""

@@ -1,0 +1,198 @@
+"""What a family of Stable Diffusion models must be able to do, and what a loaded base is.
+
+Everything outside `sdlora.families` talks to models through `ModelFamily`; a difference between
+families is data or one method here, never a question asked elsewhere.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sdlora.diffusion import Prediction
+from sdlora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where base weights came from, and their content's name."""
+
+    name: str
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: hidden states [B,L,D] and, where a family has one, the pooled embedding [B,P]."""
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def rows(self, index: Sequence[int]) -> Conditioning:
+        """Return the chosen rows, in that order."""
+        chosen = torch.as_tensor(list(index), device=self.states.device)
+        return Conditioning(self.states[chosen], None if self.pooled is None else self.pooled[chosen])
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Conditioning:
+        """Return it on `device`, in `dtype`."""
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return Conditioning(self.states.to(device, dtype), pooled)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
+        """Return all rows of `parts` as one."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        states = torch.cat([part.states for part in parts])
+        return Conditioning(states, torch.cat(pooled) if pooled else None)
+
+
+@dataclass(frozen=True)
+class PictureSize:
+    """What SDXL is told about a training or target picture, in pixels; others ignore it."""
+
+    original: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target: tuple[int, int]
+
+
+@dataclass
+class LoadedBase:
+    """The components of one base on one device. VAE and text encoders can be dropped to save memory."""
+
+    family: ModelFamily
+    source: BaseSource
+    unet: Any
+    vae: Any
+    text_encoders: dict[str, Any]
+    tokenizers: dict[str, Any]
+    scheduler: Any
+    device: torch.device
+    dtype: torch.dtype
+    resolution: int
+    details: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the UNet was trained to predict."""
+        return "v" if self.scheduler.config.prediction_type == "v_prediction" else "epsilon"
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """The noise schedule, [T] float32."""
+        table: torch.Tensor = self.scheduler.alphas_cumprod
+        return table.float()
+
+    def components(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Yield ("unet", module), then the text encoders, then the VAE, as far as they are loaded."""
+        if self.unet is not None:
+            yield "unet", self.unet
+        yield from self.text_encoders.items()
+        if self.vae is not None:
+            yield "vae", self.vae
+
+    def drop_encoders(self) -> None:
+        """VAE and text encoders are freed; pictures and prompts can no longer be encoded."""
+        self.vae = None
+        self.text_encoders = {}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over every base weight as it is in memory now, adapters left out.
+
+        It is the proof that nothing wrote to the base: equal before and after.
+        """
+        digest = hashlib.sha256()
+        for component, module in self.components():
+            for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
+                if ".lora_" in name:
+                    continue
+                digest.update(f"{component}.{name.replace('.base_layer', '')}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class ModelFamily(Protocol):
+    """One family: how its bases are recognised, loaded and run."""
+
+    name: str
+    title: str
+    default_resolution: int
+    text_encoder_prefixes: dict[str, str]
+    """Component name -> the prefix of its keys in kohya's adapter format."""
+    metadata: dict[Prediction, dict[str, str]]
+    """Per prediction type, the fixed ss_* and modelspec.* entries by which other programs tell the family."""
+    target_presets: dict[str, tuple[str, ...]]
+    """Preset name -> patterns of UNet module paths."""
+    text_encoder_targets: tuple[str, ...]
+
+    def load(
+        self, source: BaseSource, device: torch.device, dtype: torch.dtype, variant: str | None = None
+    ) -> LoadedBase:
+        """Return the base of the diffusers folder `source.path`. Raises ModelError."""
+        ...
+
+    def from_pipeline(self, pipeline: Any, source: BaseSource, device: torch.device) -> LoadedBase:
+        """Return the base made of a diffusers pipeline's components."""
+        ...
+
+    def encode_images(self, base: LoadedBase, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and std of the scaled latents, each [B,4,H/8,W/8] float32, of pixels [B,3,H,W] in [-1,1]."""
+        ...
+
+    def decode_latents(self, base: LoadedBase, latents: torch.Tensor) -> torch.Tensor:
+        """Return pixels [B,3,H,W] float32 in [0,1] of scaled latents [B,4,H/8,W/8]."""
+        ...
+
+    def encode_prompts(self, base: LoadedBase, prompts: Sequence[str]) -> Conditioning:
+        """Return the conditioning of `prompts`; gradients flow where the text encoder has trained weights."""
+        ...
+
+    def predict(
+        self,
+        base: LoadedBase,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        sizes: Sequence[PictureSize],
+    ) -> torch.Tensor:
+        """Return the UNet's output [B,4,h,w] for noisy latents of one size."""
+        ...
+
+    def pipeline_conditioning(self, encoded: Conditioning, count: int) -> dict[str, Any]:
+        """Return the pipeline's arguments for row 0 of `encoded` as prompt, row 1 as negative, `count` times."""
+        ...
+
+    def make_pipeline(self, base: LoadedBase) -> Any:
+        """Return the diffusers text-to-image pipeline over these very components."""
+        ...
+
+
+def match_targets(module: torch.nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the sorted paths of the linear and convolution layers that any pattern matches.
+
+    A pattern matches the end of a path, from a dot on, with shell wildcards: "attn2.to_k", "attn*.to_*",
+    "ff.net.0.proj". Raises ConfigError for a pattern that matches nothing.
+    """
+    paths = [
+        name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        expression = re.compile(rf"(.*\.)?{fnmatch.translate(pattern)}")
+        found = [path for path in paths if expression.match(path)]
+        if not found:
+            raise ConfigError(
+                f"adapter.targets: {pattern!r} matches no layer of this base; "
+                "name cross-attention, attention or transformer, or a pattern such as 'attn2.to_k'"
+            )
+        chosen.update(found)
+    return sorted(chosen)

@@ -1,0 +1,206 @@
+"""The Engine: one resident base, adapters as side branches, requests in, pictures with recipes out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sdlora.adapters.file import read_adapter
+from sdlora.adapters.inject import add_adapter, has_float32_adapter, remove_adapter, set_adapter_weights
+from sdlora.config import BaseSection
+from sdlora.errors import ConfigError, FormatError, GenerationError
+from sdlora.families.base import LoadedBase
+from sdlora.families.registry import load_base
+from sdlora.generation.request import GenerationRequest, Recipe, UsedAdapter
+from sdlora.storage import sha256_of_file, sha256_of_tensor_data
+
+_RESIDENT_ADAPTERS = 8
+_PRECISION_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """How far a request is: pictures already finished, and the denoising step of the current ones."""
+
+    pictures_done: int
+    pictures: int
+    step: int
+    steps: int
+
+
+OnStep = Callable[[StepProgress], None]
+
+
+@dataclass(frozen=True)
+class _Resident:
+    name: str
+    sha256: str
+    tensor_sha256: str
+
+
+class Engine:
+    """Makes pictures with one base.
+
+    `base` is "tiny", a folder, a .safetensors file, a hub id, a `BaseSection`, or a base already loaded.
+    `live_adapters` are adapters that are in that loaded base already and act in every picture, such as
+    the one being trained. Base weights are never written.
+    """
+
+    def __init__(
+        self,
+        base: str | BaseSection | LoadedBase,
+        *,
+        device: str | None = None,
+        live_adapters: Mapping[str, float] | None = None,
+    ) -> None:
+        if isinstance(base, str):
+            base = BaseSection(path=base)
+        self.base = load_base(base, device) if isinstance(base, BaseSection) else base
+        self._live = dict(live_adapters or {})
+        self._resident: OrderedDict[tuple[str, int, int], _Resident] = OrderedDict()
+        self._pipeline = self.base.family.make_pipeline(self.base)
+        self._names_given = 0
+
+    def generate(
+        self, request: GenerationRequest, *, batch_size: int = 1, on_step: OnStep | None = None
+    ) -> Iterator[tuple[Image.Image, Recipe]]:
+        """Yield the pictures of `request`, in the order of their seeds, each with its recipe.
+
+        With the default `batch_size` of 1 a picture depends on nothing but its recipe, bit for bit; in
+        larger batches it may differ in the last bits. `on_step` is called after every denoising step and
+        ends the request by raising `GenerationCancelled`. Raises FormatError or ModelError for an adapter
+        that cannot be used, GenerationError for a picture that came out as NaN.
+        """
+        for start in range(0, request.count, batch_size):
+            seeds = [request.seed + i for i in range(start, min(start + batch_size, request.count))]
+            # Nothing stays active across a yield: the caller may abandon this request or begin another.
+            try:
+                used = self._activate(request)
+                pictures = self._make(request, seeds, used, start, on_step)
+            finally:
+                set_adapter_weights(self.base, self._live)
+            yield from pictures
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over the base weights as they are in memory now; equal before and after any request."""
+        return self.base.weights_sha256()
+
+    def _activate(self, request: GenerationRequest) -> tuple[UsedAdapter, ...]:
+        """Exactly the adapters of the request act, beside the live ones."""
+        used = []
+        weights = dict(self._live)
+        for choice in request.adapters:
+            resident = self._load(Path(choice.path).expanduser())
+            if resident.name in weights:
+                raise ConfigError(f"{choice.path}: the same adapter file is named twice; give it once")
+            weights[resident.name] = choice.weight
+            used.append(
+                UsedAdapter(Path(choice.path).stem, resident.sha256, resident.tensor_sha256, choice.weight)
+            )
+        # The adapters of this request were used last, so that only others are let go.
+        while len(self._resident) > max(_RESIDENT_ADAPTERS, len(used)):
+            _, oldest = self._resident.popitem(last=False)
+            remove_adapter(self.base, oldest.name)
+        set_adapter_weights(self.base, weights)
+        return tuple(used)
+
+    def _load(self, path: Path) -> _Resident:
+        """Return the adapter of a file, read anew only when the file is another one than last time."""
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise FormatError(f"{path}: there is no such adapter file") from error
+        key = (str(path.resolve()), state.st_mtime_ns, state.st_size)
+        if key in self._resident:
+            self._resident.move_to_end(key)
+            return self._resident[key]
+        adapter = read_adapter(path)
+        self._names_given += 1
+        resident = _Resident(f"file{self._names_given}", sha256_of_file(path), sha256_of_tensor_data(path))
+        add_adapter(self.base, resident.name, adapter)
+        self._resident[key] = resident
+        return resident
+
+    def _make(
+        self,
+        request: GenerationRequest,
+        seeds: list[int],
+        used: tuple[UsedAdapter, ...],
+        done: int,
+        on_step: OnStep | None,
+    ) -> list[tuple[Image.Image, Recipe]]:
+        width, height = request.width or self.base.resolution, request.height or self.base.resolution
+
+        def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step:
+                # Some samplers evaluate the UNet once more than the steps they are asked for.
+                on_step(StepProgress(done, request.count, step + 1, pipeline.num_timesteps))
+            return tensors
+
+        with torch.no_grad(), self._autocast():
+            prompts = self.base.family.encode_prompts(self.base, [request.prompt, request.negative_prompt])
+            latents = self._pipeline(
+                **self.base.family.pipeline_conditioning(prompts, len(seeds)),
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance_scale,
+                width=width,
+                height=height,
+                # Noise is drawn on the CPU, so that a seed means the same picture on every device.
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent",
+                callback_on_step_end=after_step,
+            ).images
+            if not latents.isfinite().all():
+                raise GenerationError(
+                    f"the UNet gave NaN for {request.prompt!r} in {_PRECISION_NAMES[self.base.dtype]}; "
+                    "use fp32 or bf16, or a lower adapter weight"
+                )
+            pixels = torch.cat([self.base.family.decode_latents(self.base, row[None]) for row in latents])
+        pictures = []
+        for seed, picture in zip(seeds, pixels, strict=True):
+            if not picture.isfinite().all():
+                raise GenerationError(f"the VAE gave NaN for {request.prompt!r}; use fp32 or bf16")
+            levels = (picture * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+            pictures.append((Image.fromarray(levels), self._recipe(request, seed, width, height, used)))
+        return pictures
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.base.dtype != torch.float32 and has_float32_adapter(self.base):
+            return torch.autocast(self.base.device.type, dtype=self.base.dtype)
+        return nullcontext()
+
+    def _recipe(
+        self, request: GenerationRequest, seed: int, width: int, height: int, used: tuple[UsedAdapter, ...]
+    ) -> Recipe:
+        scheduler = self._pipeline.scheduler
+        return Recipe(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=seed,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            width=width,
+            height=height,
+            base=Path(self.base.source.name).name.removesuffix(".safetensors"),
+            base_family=self.base.family.name,
+            base_sha256=self.base.source.sha256,
+            adapters=used,
+            scheduler=type(scheduler).__name__,
+            scheduler_config={key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+            noise_device="cpu",
+            precision=_PRECISION_NAMES[self.base.dtype],
+            device=_device_name(self.base.device),
+            versions={name: importlib.metadata.version(name) for name in ("sdlora", "torch", "diffusers", "peft")},
+        )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

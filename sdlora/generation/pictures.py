@@ -1,0 +1,77 @@
+"""PNG files that carry their recipe, as sdlora's JSON and as the line other programs read."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sdlora.errors import FormatError
+from sdlora.generation.request import Recipe
+from sdlora.storage import atomic_path
+
+RECIPE_KEY = "sdlora"
+INFOTEXT_KEY = "parameters"
+
+
+def png_info(recipe: Recipe) -> PngInfo:
+    """Return the text chunks of a picture: key "sdlora" the recipe as JSON, key "parameters" the infotext."""
+    info = PngInfo()
+    info.add_itxt(INFOTEXT_KEY, infotext(recipe))
+    info.add_itxt(RECIPE_KEY, recipe.to_json())
+    return info
+
+
+def save_picture(picture: Image.Image, recipe: Recipe, path: Path) -> None:
+    """`path` is a PNG of the picture with its recipe inside. Raises OutputError."""
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=png_info(recipe))
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe of a picture that sdlora made. Raises FormatError where there is none."""
+    try:
+        with Image.open(path) as picture:
+            text = picture.info.get(RECIPE_KEY)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FormatError(f"{path}: cannot be read as a picture ({error})") from error
+    if not isinstance(text, str):
+        raise FormatError(f"{path}: carries no sdlora recipe")
+    return Recipe.from_json(text)
+
+
+def picture_name(recipe: Recipe) -> str:
+    """Return a file name that tells seed and prompt: "00042-a-red-ball.png"."""
+    words = re.sub(r"[^\w]+", "-", recipe.prompt.lower()).strip("-")[:60].rstrip("-")
+    return f"{recipe.seed:05d}-{words or 'picture'}.png"
+
+
+def infotext(recipe: Recipe) -> str:
+    """Return the text that AUTOMATIC1111 and its relatives write and read under "parameters"."""
+    fields: dict[str, str] = {
+        "Steps": str(recipe.steps),
+        "Sampler": recipe.scheduler,
+        "CFG scale": f"{recipe.guidance_scale:g}",
+        "Seed": str(recipe.seed),
+        "Size": f"{recipe.width}x{recipe.height}",
+        "Model hash": recipe.base_sha256[:10],
+        "Model": recipe.base,
+        "RNG": recipe.noise_device.upper(),
+    }
+    if recipe.adapters:
+        hashes = [f"{re.sub('[:,]', '', item.name)}: {item.tensor_sha256[:12]}" for item in recipe.adapters]
+        fields["Lora hashes"] = ", ".join(hashes)
+    fields["Version"] = f"sdlora {recipe.versions.get('sdlora', '')}".strip()
+    tags = "".join(f" <lora:{item.name}:{item.weight:g}>" for item in recipe.adapters)
+    lines = [recipe.prompt + tags]
+    if recipe.negative_prompt:
+        lines.append(f"Negative prompt: {recipe.negative_prompt}")
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value

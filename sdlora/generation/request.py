@@ -1,0 +1,113 @@
+"""`GenerationRequest`: what was asked. `Recipe`: what ran."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from sdlora.config import Section, validated
+from sdlora.errors import FormatError
+
+SEED_LIMIT = 2**32
+_Side = Annotated[int, Field(ge=0, le=4096, multiple_of=8)]
+
+
+class AdapterChoice(Section):
+    """One adapter file and how strongly it acts."""
+
+    path: str
+    """The .safetensors file."""
+    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
+    """1 is as trained, 0 is not at all."""
+
+
+class GenerationRequest(Section):
+    """Pictures asked for: `count` of them with seeds seed, seed + 1, ..."""
+
+    prompt: str
+    """What the picture shows."""
+    negative_prompt: str = ""
+    """What it should not show."""
+    seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT)] = 0
+    """Seed of the first picture."""
+    count: Annotated[int, Field(gt=0, le=10_000)] = 1
+    """Number of pictures."""
+    steps: Annotated[int, Field(gt=0, le=1000)] = 25
+    """Denoising steps."""
+    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 7.5
+    """How strongly the prompt steers; 1 and less: no negative prompt, half the time."""
+    width: _Side = 0
+    """Pixels, a multiple of 8; 0: the base's own size."""
+    height: _Side = 0
+    """Pixels, a multiple of 8; 0: the base's own size."""
+    adapters: tuple[AdapterChoice, ...] = ()
+    """Adapters that act together."""
+
+    @model_validator(mode="after")
+    def _every_seed_in_range(self) -> GenerationRequest:
+        if self.seed + self.count > SEED_LIMIT:
+            raise ValueError(f"seed + count must not exceed {SEED_LIMIT}")
+        return self
+
+    @field_validator("adapters")
+    @classmethod
+    def _no_file_twice(cls, adapters: tuple[AdapterChoice, ...]) -> tuple[AdapterChoice, ...]:
+        paths = [adapter.path for adapter in adapters]
+        if len(set(paths)) < len(paths):
+            raise ValueError("the same adapter is named twice; give it once with the sum of the weights")
+        return adapters
+
+
+def make_request(**values: Any) -> GenerationRequest:
+    """Return the checked request. Raises one ConfigError for everything that is wrong."""
+    return validated(GenerationRequest, values, "request")
+
+
+@dataclass(frozen=True)
+class UsedAdapter:
+    """An adapter as it acted: its file's name and SHA-256, its tensors' SHA-256, its weight."""
+
+    name: str
+    sha256: str
+    tensor_sha256: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that made one picture. On the same device and versions it makes the same pixels again."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    base: str
+    base_family: str
+    base_sha256: str
+    adapters: tuple[UsedAdapter, ...]
+    scheduler: str
+    scheduler_config: dict[str, Any]
+    noise_device: str
+    precision: str
+    device: str
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the recipe as JSON text."""
+        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Recipe:
+        """Return the recipe that `to_json` wrote. Raises FormatError for anything else."""
+        try:
+            values = json.loads(text)
+            adapters = tuple(UsedAdapter(**item) for item in values.pop("adapters"))
+            return Recipe(**values, adapters=adapters)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise FormatError(f"not a recipe of sdlora ({error})") from error

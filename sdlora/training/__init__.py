@@ -1,0 +1,1 @@
+"""Training: assembly, the loop, its state on disk and its measurements."""

@@ -1,0 +1,277 @@
+"""The training loop, from the first optimizer step to the saved adapter."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from sdlora.adapters.file import AdapterFile, write_adapter
+from sdlora.adapters.inject import extract_adapter, load_weights
+from sdlora.adapters.metadata import TrainingFacts, training_metadata
+from sdlora.config import TrainConfig
+from sdlora.data.batches import BatchOrder
+from sdlora.data.cache import CachedExample
+from sdlora.errors import FormatError, TrainingError
+from sdlora.families.base import LoadedBase
+from sdlora.training.effect import Effect, measure_effect
+from sdlora.training.events import EventLog
+from sdlora.training.objective import CaptionRows, batch_loss, training_generator, validation_loss
+from sdlora.training.optim import average_gradients, clip_gradients, rate_factor, set_rate
+from sdlora.training.progress import ProgressView
+from sdlora.training.state import TrainingState, save_state
+
+ADAPTER = "trained"
+"""Name of the adapter in the live model while it is trained."""
+_BAD_STEPS_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended."""
+
+    adapter: Path
+    interrupted: bool
+    loss_after: float | None
+    effect: Effect
+
+
+@dataclass
+class TrainingLoop:
+    """The moving parts of a run. `step` counts finished optimizer steps, `examples_seen` all processes' examples."""
+
+    config: TrainConfig
+    base: LoadedBase
+    examples: Sequence[CachedExample]
+    validation: Sequence[CachedExample]
+    captions: CaptionRows
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    events: EventLog
+    preview: Callable[..., Sequence[Path]] | None
+    identity: str
+    step: int = 0
+    examples_seen: int = 0
+    loss_before: float | None = None
+    started: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        data, training = self.config.data, self.config.training
+        self.order = BatchOrder(self.examples, training.batch_size, data.repeats, training.seed)
+        self._scaler = torch.amp.GradScaler(
+            self.base.device.type, enabled=self.base.dtype == torch.float16 and self.base.device.type == "cuda"
+        )
+
+    def restore(self, state: TrainingState) -> None:
+        """The loop stands where `state` was saved, ready for its next step."""
+        load_weights(self.base, ADAPTER, state.layers)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.step, self.examples_seen, self.loss_before = state.step, state.examples_seen, state.loss_before
+
+    def run(self, stop: threading.Event, folder: Path) -> Outcome:
+        """Train to the last step or until `stop` is set, and save the adapter. Raises TrainingError."""
+        steps = self.config.training.steps
+        first = self.step
+        began = time.perf_counter()
+        self._announce(first)
+        if self.loss_before is None:
+            self.loss_before = self._validate()
+        self.base.unet.train()
+        bad_steps = 0
+        with ProgressView(steps, first, visible=self.accelerator.is_main_process) as view:
+            while self.step < steps and not self._asked_to_stop(stop):
+                seen_before = self.examples_seen
+                loss, norm = self._optimize()
+                finite = math.isfinite(loss) and math.isfinite(norm)
+                bad_steps = 0 if finite else bad_steps + 1
+                self.step += 1
+                if not finite:
+                    self._skip(view, loss, norm, bad_steps)
+                    continue
+                elapsed = time.perf_counter() - began
+                eta = elapsed / (self.step - first) * (steps - self.step)
+                rate = (self.examples_seen - seen_before) * (self.step - first) / elapsed
+                view.step(self.step, loss, rate, eta)
+                self.events.write(
+                    "step",
+                    step=self.step,
+                    loss=round(loss, 6),
+                    gradient_norm=round(norm, 6),
+                    learning_rate=self.optimizer.param_groups[0]["lr"],
+                    examples_seen=self.examples_seen,
+                    images_per_second=round(rate, 3),
+                    eta_seconds=round(eta, 1),
+                )
+                self.accelerator.log({"loss": loss, "gradient_norm": norm}, step=self.step)
+                if self.step < steps:
+                    self._periodic(view, folder)
+            return self._finish(view, folder, time.perf_counter() - began)
+
+    def _optimize(self) -> tuple[float, float]:
+        """One optimizer step over all micro-batches; returns loss and gradient norm before clipping.
+
+        A step whose loss or gradient is not finite changes nothing.
+        """
+        training = self.config.training
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        set_rate(self.optimizer, rate_factor(self.config.optimizer, self.step, training.steps))
+        total = 0.0
+        for micro in range(training.accumulate_batches):
+            number = (self.step * training.accumulate_batches + micro) * world
+            batch = [self.examples[i] for i in self.order.batch(number + rank)]
+            generator = training_generator(self.config, rank, self.examples_seen)
+            loss = batch_loss(self.base, batch, self.captions, self.config, generator)
+            self._scaler.scale(loss / training.accumulate_batches).backward()
+            total += float(loss.detach()) / training.accumulate_batches
+            self.examples_seen += sum(len(self.order.batch(number + other)) for other in range(world))
+        average_gradients(self.accelerator, self.parameters)
+        self._scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.parameters, self.config.optimizer.clip_norm)
+        if math.isfinite(total) and math.isfinite(norm):
+            self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, norm
+
+    def _skip(self, view: ProgressView, loss: float, norm: float, in_a_row: int) -> None:
+        reason = f"loss {loss}, gradient norm {norm}"
+        self.events.write("skipped", step=self.step, reason=reason)
+        if in_a_row >= _BAD_STEPS_IN_A_ROW and not self._scaler_searching():
+            raise TrainingError(
+                f"step {self.step}: {reason} for {in_a_row} steps in a row; the run has diverged and its adapter "
+                "was not saved; lower optimizer.learning_rate "
+                f"(it is {self.config.optimizer.learning_rate:g}) or use base.precision bf16 or fp32"
+            )
+        view.say(f"step {self.step} left out: {reason}")
+
+    def _scaler_searching(self) -> bool:
+        """Return whether fp16's loss scale is still being lowered, which skips a few steps by design."""
+        return self._scaler.is_enabled() and self._scaler.get_scale() > 1.0
+
+    def _periodic(self, view: ProgressView, folder: Path) -> None:
+        """Validation, samples, adapters and checkpoints that fall due after this step."""
+        config = self.config
+
+        def due(every: int) -> bool:
+            return every > 0 and self.step % every == 0
+
+        if due(config.validation.every_steps):
+            self._validate()
+        if due(config.samples.every_steps):
+            self._sample(view, folder)
+        if due(config.output.save_every_steps):
+            path = self._save_adapter(folder, f"{config.output.name}-{self.step:06d}")
+            self.events.write("checkpoint", step=self.step, adapter=str(path))
+        if due(config.training.checkpoint_every_steps):
+            self._save_state(folder)
+
+    def _finish(self, view: ProgressView, folder: Path, seconds: float) -> Outcome:
+        interrupted = self.step < self.config.training.steps
+        self.base.unet.eval()
+        effect = measure_effect(self.base, ADAPTER, self.examples, self.captions)
+        path = self._save_adapter(folder, self.config.output.name)
+        if interrupted:
+            self._save_state(folder)
+        loss_after = None if interrupted else self._validate()
+        if not interrupted:
+            self._sample(view, folder)
+        self.events.write(
+            "done",
+            step=self.step,
+            adapter=str(path),
+            seconds=round(seconds, 3),
+            interrupted=interrupted,
+            effect=asdict(effect),
+        )
+        return Outcome(path, interrupted, loss_after, effect)
+
+    def _save_adapter(self, folder: Path, name: str) -> Path:
+        """The adapter as it is now is in the folder. Raises TrainingError, writing nothing, when it holds NaN."""
+        path = folder / f"{name}.safetensors"
+        facts = TrainingFacts(
+            steps=self.step,
+            epochs=math.ceil(self.step * self.config.training.accumulate_batches / self.order.batches_per_epoch),
+            pictures=len(self.examples),
+            resolution=self.config.data.resolution or self.base.resolution,
+            started=self.started,
+            finished=time.time(),
+        )
+        adapter = AdapterFile(
+            extract_adapter(self.base, ADAPTER),
+            self.base.family.name,
+            training_metadata(self.config, self.base, facts),
+        )
+        if self.accelerator.is_main_process:
+            try:
+                write_adapter(adapter, path)
+            except FormatError as error:
+                raise TrainingError(f"the adapter diverged and was not saved ({error})") from error
+        return path
+
+    def _save_state(self, folder: Path) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = TrainingState(
+            step=self.step,
+            examples_seen=self.examples_seen,
+            layers=extract_adapter(self.base, ADAPTER),
+            optimizer=self.optimizer.state_dict(),
+            loss_before=self.loss_before,
+            identity=self.identity,
+        )
+        path = save_state(folder / "checkpoints", state)
+        self.events.write("checkpoint", step=self.step, path=str(path))
+
+    def _validate(self) -> float | None:
+        if not self.validation:
+            return None
+        training = self.base.unet.training
+        self.base.unet.eval()
+        loss = validation_loss(self.base, self.validation, self.captions, self.config.validation.timesteps)
+        self.base.unet.train(training)
+        self.events.write("validation", step=self.step, loss=round(loss, 6))
+        self.accelerator.log({"validation_loss": loss}, step=self.step)
+        return loss
+
+    def _sample(self, view: ProgressView, folder: Path) -> None:
+        """Sample pictures of this step are written; whatever goes wrong with them never ends the run."""
+        if self.preview is None or not self.accelerator.is_main_process:
+            return
+        training = self.base.unet.training
+        self.base.unet.eval()
+        try:
+            target = folder / "samples" / f"step-{self.step:06d}"
+            paths = self.preview(self.base, ADAPTER, self.config.samples, target)
+            self.events.write("sample", step=self.step, paths=[str(path) for path in paths])
+        except Exception as error:  # a picture is worth less than the run
+            self.events.write("sample_failed", step=self.step, reason=str(error))
+            view.say(f"samples of step {self.step} failed and are left out: {error}")
+        finally:
+            self.base.unet.train(training)
+
+    def _announce(self, resumed_at: int) -> None:
+        device = self.base.device
+        self.events.write(
+            "start",
+            steps=self.config.training.steps,
+            pictures=len(self.examples),
+            trainable_parameters=sum(p.numel() for p in self.parameters),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            precision=str(self.base.dtype).removeprefix("torch."),
+            resumed_at_step=resumed_at,
+        )
+
+    def _asked_to_stop(self, stop: threading.Event) -> bool:
+        if self.accelerator.num_processes == 1:
+            return stop.is_set()
+        flag: Any = torch.tensor(float(stop.is_set()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)

@@ -1,0 +1,255 @@
+"""`train`: from a configuration to an adapter file."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from accelerate import Accelerator
+
+from sdlora.adapters.inject import new_adapter
+from sdlora.config import SamplesSection, TrainConfig, require_complete, write_config
+from sdlora.data.cache import CachedExample, encode_captions, encode_pictures
+from sdlora.data.source import Dataset, fill_trigger, open_dataset
+from sdlora.diffusion import seed_from
+from sdlora.errors import ConfigError, SdloraError
+from sdlora.families.base import LoadedBase
+from sdlora.families.registry import load_base
+from sdlora.storage import check_writable
+from sdlora.training.effect import Effect
+from sdlora.training.events import EventLog
+from sdlora.training.loop import ADAPTER, TrainingLoop
+from sdlora.training.objective import CaptionRows
+from sdlora.training.optim import make_optimizer
+from sdlora.training.progress import ProgressView
+from sdlora.training.state import load_newest_state, run_identity
+
+Preview = Callable[[LoadedBase, str, SamplesSection, Path], Sequence[Path]]
+"""Makes the sample pictures: (base, name of its live adapter, what to make, folder) -> written files."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind."""
+
+    adapter: Path
+    folder: Path
+    steps: int
+    interrupted: bool
+    loss_before: float | None
+    loss_after: float | None
+    effect: Effect
+    seconds: dict[str, float]
+
+
+def train(config: TrainConfig, preview: Preview | None = None) -> RunResult:
+    """Train an adapter as `config` says and return where it is and what it does.
+
+    The run folder gets the adapter, config.toml, events.jsonl, samples and checkpoints. Ctrl-C ends the
+    run after the current step with the adapter and a checkpoint saved. Raises SdloraError for anything
+    a user can mend; a failed run overwrites no adapter.
+    """
+    require_complete(config)
+    folder = Path(config.output.folder).expanduser()
+    dataset, held_out = _open_data(config)
+    _claim_folder(folder, config)
+    accelerator = _accelerator(config, folder)
+    main = accelerator.is_main_process
+    events = EventLog(folder / "events.jsonl" if main else None)
+    if main:
+        write_config(config, folder / "config.toml")
+    try:
+        return _train(config, preview, folder, dataset, held_out, accelerator, events)
+    except BaseException as error:
+        reason = str(error) if isinstance(error, SdloraError) else f"{type(error).__name__}: {error}"
+        events.write("failed", reason=reason)
+        raise
+    finally:
+        accelerator.end_training()
+        events.close()
+
+
+def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    """Return the process group; precision is the base's own affair, so the launcher's setting is left unused."""
+    if config.output.tracker == "none":
+        return Accelerator(mixed_precision="no")
+    if importlib.util.find_spec(config.output.tracker) is None:
+        raise ConfigError(
+            f"output.tracker is {config.output.tracker!r}, which is not installed; pip install {config.output.tracker}"
+        )
+    accelerator = Accelerator(mixed_precision="no", log_with=config.output.tracker, project_dir=folder)
+    accelerator.init_trackers("tracker")
+    return accelerator
+
+
+def _train(
+    config: TrainConfig,
+    preview: Preview | None,
+    folder: Path,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    accelerator: Accelerator,
+    events: EventLog,
+) -> RunResult:
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "load"):
+        base = load_base(config.base, accelerator.device)
+    view = ProgressView(config.training.steps, 0, visible=accelerator.is_main_process)
+    view.say(f"base {base.source.name}: {base.family.title}, {base.dtype} on {base.device}".replace("torch.", ""))
+    view.say(dataset.summary())
+    with _timed(seconds, "encode"):
+        examples, validation, captions = _encode(config, base, dataset, held_out, view)
+    if preview is None or not config.samples.prompts:
+        preview = None
+        if not config.adapter.text_encoder:
+            base.drop_encoders()
+
+    seed = seed_from(config.training.seed, "adapter")
+    parameters = new_adapter(base, ADAPTER, config.adapter, seed)
+    if config.training.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    optimizer, note = make_optimizer(config.optimizer, parameters)
+    if note:
+        view.say(note)
+    loop = TrainingLoop(
+        config=config,
+        base=base,
+        examples=examples,
+        validation=validation,
+        captions=captions,
+        parameters=[p for members in parameters.values() for p in members],
+        optimizer=optimizer,
+        accelerator=accelerator,
+        events=events,
+        preview=_filled_preview(config, preview),
+        identity=run_identity(config, base.source.sha256, dataset.fingerprint()),
+    )
+    if config.training.resume:
+        loop.restore(load_newest_state(folder / "checkpoints", loop.identity))
+        view.say(f"resuming after step {loop.step}")
+    with _timed(seconds, "train"), stop_requests() as stop:
+        outcome = loop.run(stop, folder)
+    return RunResult(
+        adapter=outcome.adapter,
+        folder=folder,
+        steps=loop.step,
+        interrupted=outcome.interrupted,
+        loss_before=loop.loss_before,
+        loss_after=outcome.loss_after,
+        effect=outcome.effect,
+        seconds={key: round(value, 3) for key, value in seconds.items()},
+    )
+
+
+def _open_data(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
+    dataset = open_dataset(config.data)
+    for prompt in config.samples.prompts:
+        fill_trigger(prompt, config.data.trigger)
+    if not config.validation.folder:
+        return dataset, None
+    held_out = open_dataset(config.data.model_copy(update={"folder": config.validation.folder}))
+    shared = {s.path.resolve() for s in dataset.samples} & {s.path.resolve() for s in held_out.samples}
+    if shared:
+        raise ConfigError(
+            f"validation.folder: {sorted(shared)[0]} is also a training picture; "
+            "held-out pictures must lie outside data.folder"
+        )
+    return dataset, held_out
+
+
+def _claim_folder(folder: Path, config: TrainConfig) -> None:
+    """The run folder is there and writable, and an earlier run in it is not overwritten by accident."""
+    check_writable(folder)
+    taken = (folder / "events.jsonl").exists()
+    if taken and not (config.training.resume or config.output.overwrite):
+        raise ConfigError(
+            f"{folder}: already holds a run; choose another output.folder, go on with it "
+            "(--training.resume True), or replace it (--output.overwrite True)"
+        )
+    if taken and not config.training.resume:
+        (folder / "events.jsonl").unlink()
+        for checkpoint in (folder / "checkpoints").glob("state-*.pt"):
+            checkpoint.unlink()
+
+
+def _encode(
+    config: TrainConfig, base: LoadedBase, dataset: Dataset, held_out: Dataset | None, view: ProgressView
+) -> tuple[list[CachedExample], list[CachedExample], CaptionRows]:
+    resolution = config.data.resolution or base.resolution
+    last = [time.monotonic()]
+
+    def progress(done: int, total: int) -> None:
+        if time.monotonic() - last[0] > 10:
+            last[0] = time.monotonic()
+            view.say(f"encoded {done} of {total} pictures")
+
+    examples = encode_pictures(
+        base,
+        dataset.samples,
+        resolution,
+        buckets=config.data.buckets,
+        flip=config.data.flip,
+        on_progress=progress,
+    )
+    held_out_samples = held_out.samples if held_out else ()
+    validation = encode_pictures(base, held_out_samples, resolution, buckets=config.data.buckets)
+    captions: dict[str, Any] = {}
+    if not config.adapter.text_encoder:
+        captions = encode_captions(base, (s.caption for s in (*dataset.samples, *held_out_samples)))
+    return examples, validation, captions
+
+
+def _filled_preview(config: TrainConfig, preview: Preview | None) -> Preview | None:
+    if preview is None:
+        return None
+    prompts = tuple(fill_trigger(prompt, config.data.trigger) for prompt in config.samples.prompts)
+    samples = config.samples.model_copy(update={"prompts": prompts})
+
+    def with_triggers(base: LoadedBase, adapter: str, _: SamplesSection, folder: Path) -> Sequence[Path]:
+        return preview(base, adapter, samples, folder)
+
+    return with_triggers
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Inside, the first Ctrl-C or termination signal sets the yielded event; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = time.perf_counter() - started
+
+
+def result_json(result: RunResult) -> dict[str, Any]:
+    """Return the result as JSON values."""
+    values = asdict(result)
+    return values | {"adapter": str(result.adapter), "folder": str(result.folder)}

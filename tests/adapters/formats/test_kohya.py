@@ -1,0 +1,179 @@
+import hashlib
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdlora.adapters.formats import kohya
+from sdlora.adapters.layers import LoraLayer
+from sdlora.assets import CONFIGS
+from sdlora.errors import FormatError
+from sdlora.families.base import match_targets
+from sdlora.families.sd import SD1
+from sdlora.storage import serialize_tensors
+
+# Keys as kohya's trainer writes them, and the diffusers modules that they mean.
+KEYS = {
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    "lora_unet_down_blocks_2_attentions_1_transformer_blocks_0_attn2_to_out_0": "unet.down_blocks.2.attentions.1.transformer_blocks.0.attn2.to_out.0",
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj": "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_2": "unet.up_blocks.3.attentions.2.transformer_blocks.0.ff.net.2",
+    "lora_unet_up_blocks_1_attentions_0_proj_in": "unet.up_blocks.1.attentions.0.proj_in",
+    "lora_unet_mid_block_attentions_0_proj_out": "unet.mid_block.attentions.0.proj_out",
+    "lora_unet_down_blocks_0_resnets_1_time_emb_proj": "unet.down_blocks.0.resnets.1.time_emb_proj",
+    "lora_unet_up_blocks_0_resnets_2_conv_shortcut": "unet.up_blocks.0.resnets.2.conv_shortcut",
+    "lora_unet_mid_block_resnets_1_conv2": "unet.mid_block.resnets.1.conv2",
+    "lora_unet_down_blocks_1_downsamplers_0_conv": "unet.down_blocks.1.downsamplers.0.conv",
+    "lora_unet_time_embedding_linear_1": "unet.time_embedding.linear_1",
+    "lora_unet_conv_in": "unet.conv_in",
+    "lora_te_text_model_encoder_layers_0_self_attn_q_proj": "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+    "lora_te_text_model_encoder_layers_11_self_attn_out_proj": "text_encoder.text_model.encoder.layers.11.self_attn.out_proj",
+    "lora_te_text_model_encoder_layers_5_mlp_fc1": "text_encoder.text_model.encoder.layers.5.mlp.fc1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sd15_unet():
+    """The true SD 1.5 architecture without memory for its weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / "sd1" / "unet"))
+
+
+@pytest.fixture(scope="module")
+def sd15_text_encoder():
+    with torch.device("meta"):
+        return CLIPTextModel(CLIPTextConfig.from_pretrained(CONFIGS / "sd1" / "text_encoder"))
+
+
+def layer_paths(module: torch.nn.Module, prefix: str) -> list[str]:
+    return [prefix + path for path in match_targets(module, ["*"])]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_and_module_paths(key):
+    assert kohya.module_path(key) == KEYS[key]
+    assert kohya.key_name(KEYS[key]) == key
+
+
+def test_every_layer_of_sd15_comes_back_from_its_key(sd15_unet, sd15_text_encoder):
+    paths = layer_paths(sd15_unet, "unet.") + layer_paths(sd15_text_encoder, "text_encoder.text_model.")
+    assert len(paths) == 282 + 72
+    assert [kohya.module_path(kohya.key_name(path)) for path in paths] == paths
+    assert len({kohya.key_name(path) for path in paths}) == len(paths)
+
+
+@pytest.mark.parametrize("shape", ["sd1", "sd2"])
+def test_every_layer_of_the_tiny_bases_comes_back_from_its_key(tiny_base, shape):
+    paths = layer_paths(tiny_base(shape).unet, "unet.")
+    assert len(paths) > 60
+    assert [kohya.module_path(kohya.key_name(path)) for path in paths] == paths
+
+
+@pytest.mark.parametrize(("preset", "count"), [("cross-attention", 64), ("attention", 128), ("transformer", 192)])
+def test_module_counts_of_the_presets_on_sd15(sd15_unet, preset, count):
+    assert len(match_targets(sd15_unet, SD1.target_presets[preset])) == count
+
+
+def test_module_count_of_sd15s_text_encoder(sd15_text_encoder):
+    assert len(match_targets(sd15_text_encoder, SD1.text_encoder_targets)) == 48
+
+
+def test_paths_and_keys_without_a_place_are_refused():
+    with pytest.raises(FormatError, match=r"layer 'vae\.decoder' has no place in kohya's format"):
+        kohya.key_name("vae.decoder")
+    with pytest.raises(FormatError, match="key 'lora_te3_x' does not start with"):
+        kohya.module_path("lora_te3_x")
+
+
+def test_write_gives_these_tensors():
+    layer = LoraLayer(torch.ones(2, 3), torch.zeros(4, 2), 0.5)
+    tensors = kohya.write({"unet.mid_block.attentions.0.proj_in": layer})
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    assert set(tensors) == {f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"}
+    assert tensors[f"{name}.alpha"].shape == ()
+    assert tensors[f"{name}.alpha"].item() == 0.5
+    assert tensors[f"{name}.lora_down.weight"] is layer.down
+
+
+def pair(name="lora_unet_conv_in", down=(2, 3), up=(4, 2), **parts):
+    return {f"{name}.lora_down.weight": torch.ones(down), f"{name}.lora_up.weight": torch.ones(up), **parts}
+
+
+def test_read_takes_a_missing_alpha_as_scale_one():
+    layers, unknown = kohya.read(pair())
+    assert unknown == ()
+    assert layers["unet.conv_in"].alpha == 2.0
+    assert layers["unet.conv_in"].scale == 1.0
+
+
+def test_read_takes_alpha_of_any_shape_and_type():
+    for alpha in (torch.tensor(4), torch.tensor([4.0]), torch.tensor(4.0, dtype=torch.float16)):
+        layers, _ = kohya.read({**pair(), "lora_unet_conv_in.alpha": alpha})
+        assert layers["unet.conv_in"].scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"lora_unet_conv_in.lora_up.weight": torch.ones(4, 2)}, "has no lora_down.weight; the file is incomplete"),
+        ({"lora_unet_conv_in.lora_down.weight": torch.ones(4, 2)}, "has no lora_up.weight; the file is incomplete"),
+        ({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, "has no lora_down.weight"),
+        (pair(down=(2, 3), up=(4, 3)), r"has shapes down \(2, 3\) and up \(4, 3\), which make no pair"),
+        (pair(down=(0, 3), up=(4, 0)), "make no pair"),
+        (pair(down=(2, 3, 3, 3), up=(4, 2)), "make no pair"),
+        (pair(down=(2, 3, 3, 3), up=(4, 2, 3, 3)), "make no pair"),
+        (pair(down=(2,), up=(4,)), "make no pair"),
+        ({**pair(), "lora_unet_conv_in.alpha": torch.tensor([1.0, 2.0])}, "alpha has 2 numbers"),
+        ({**pair(), "lora_unet_conv_in.alpha": torch.tensor(float("nan"))}, "alpha is nan; expected a finite"),
+        ({**pair(), "lora_unet_conv_in.alpha": torch.tensor(float("inf"))}, "alpha is inf"),
+        ({key: value.to(torch.int8) for key, value in pair().items()}, "expected floating-point numbers"),
+    ],
+)
+def test_what_makes_no_layer_is_refused(tensors, sentence):
+    with pytest.raises(FormatError, match=sentence):
+        kohya.read(tensors)
+
+
+def test_read_names_what_it_does_not_know():
+    extra = {
+        "lora_unet_conv_in.dora_scale": torch.ones(4),
+        "bundle_emb.cat.string_to_param.*": torch.ones(1, 8),
+        **pair("lora_unet_mid__block_x"),
+        **pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+    }
+    layers, unknown = kohya.read({**pair(), **extra})
+    assert list(layers) == ["unet.conv_in"]
+    assert set(unknown) == set(extra)
+
+
+def test_recognises():
+    assert kohya.recognises(pair())
+    assert not kohya.recognises({"lora_unet_conv_in.alpha": 0})
+    assert not kohya.recognises({"unet.conv_in.lora_A.weight": 0, "lora_te1_x.lora_up.weight": 0})
+
+
+@pytest.mark.parametrize(
+    ("key", "width", "metadata", "family"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 768, {}, "sd1"),
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 1024, {}, "sd2"),
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k", 320, {}, "sd1"),
+        ("lora_unet_conv_in", 4, {"ss_v2": "True"}, "sd2"),
+        ("lora_unet_conv_in", 4, {"ss_base_model_version": "sd_v2_v"}, "sd2"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 640, {}, "sdxl"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1", 1280, {"ss_v2": "True"}, "sdxl"),
+    ],
+)
+def test_family_of(key, width, metadata, family):
+    assert kohya.family_of(pair(key, down=(2, width)), metadata) == family
+
+
+def test_hashes_are_those_of_the_file_without_its_metadata():
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"lora_unet_conv_in.lora_down.weight": torch.randn(600, 600, generator=generator)}
+    data = serialize_tensors(tensors, {})
+    found = kohya.hashes(tensors)
+    body = tensors["lora_unet_conv_in.lora_down.weight"].numpy().tobytes()
+    assert found["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+    assert found["sshs_legacy_hash"] == hashlib.sha256(data[1 << 20 : (1 << 20) + 65536]).hexdigest()[:8]

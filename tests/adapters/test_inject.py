@@ -1,0 +1,386 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
+from sdlora.adapters.inject import (
+    adapters_off,
+    add_adapter,
+    base_weight_norms,
+    extract_adapter,
+    has_float32_adapter,
+    load_weights,
+    new_adapter,
+    remove_adapter,
+    set_adapter_weights,
+)
+from sdlora.adapters.layers import LoraLayer
+from sdlora.config import AdapterSection
+from sdlora.errors import ConfigError, ModelError
+
+SHAPES = ["sd1", "sd2"]
+RANK4 = AdapterSection(rank=4, alpha=2.0, targets=("transformer",), text_encoder=True)
+
+
+def unet_output(base) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    states = torch.randn(2, 77, base.unet.config.cross_attention_dim, generator=generator)
+    with torch.no_grad():
+        return base.unet(latents, torch.tensor([10, 700]), encoder_hidden_states=states).sample
+
+
+def text_output(base) -> torch.Tensor:
+    with torch.no_grad():
+        return base.family.encode_prompts(base, ["a red ball", ""]).states
+
+
+def outputs(base) -> tuple[torch.Tensor, torch.Tensor]:
+    return unet_output(base), text_output(base)
+
+
+def assert_same_bits(one, other) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_close(one, other) -> None:
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def assert_different(one, other) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert (a - b).abs().max() > 1e-2
+
+
+def add_to_weights(base, adapter: AdapterFile, weight: float = 1.0) -> None:
+    """What an adapter means: weight times delta-W is added to each base weight."""
+    for path, layer in adapter.layers.items():
+        component, inside = path.split(".", 1)
+        module = dict(base.components())[component]
+        live = module.get_submodule(inside if component == "unet" else inside.removeprefix("text_model."))
+        with torch.no_grad():
+            live.weight += weight * layer.delta_weight()
+
+
+# --- a file's adapter --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_adapter_acts_as_its_delta_added_to_the_weights(tiny_base, make_adapter, shape):
+    base, dense = tiny_base(shape), tiny_base(shape)
+    adapter = make_adapter(base)
+    bare = outputs(base)
+    add_adapter(base, "one", adapter)
+    assert_same_bits(outputs(base), bare)  # in place, not yet active
+    for weight in (1.0, 0.5, -0.75):
+        set_adapter_weights(base, {"one": weight})
+        expected = tiny_base(shape)
+        add_to_weights(expected, adapter, weight)
+        assert_close(outputs(base), outputs(expected))
+    assert_different(outputs(base), bare)
+    assert base.weights_sha256() == dense.weights_sha256()
+
+
+def test_weight_zero_and_not_named_are_bit_identical_to_the_base(tiny_base, make_adapter):
+    base = tiny_base()
+    bare = outputs(base)
+    add_adapter(base, "one", make_adapter(base))
+    set_adapter_weights(base, {"one": 1.0})
+    assert_different(outputs(base), bare)
+    set_adapter_weights(base, {"one": 0.0})
+    assert_same_bits(outputs(base), bare)
+    set_adapter_weights(base, {})
+    assert_same_bits(outputs(base), bare)
+
+
+def test_two_adapters_act_as_the_sum_of_their_deltas(tiny_base, make_adapter):
+    base, expected = tiny_base(), tiny_base()
+    one = make_adapter(base, seed=1)
+    two = make_adapter(base, patterns=("attn2.to_k", "ff.net.*", "conv_out"), rank=5, alpha=5.0, seed=2)
+    add_adapter(base, "one", one)
+    add_adapter(base, "two", two)
+    set_adapter_weights(base, {"one": 0.8, "two": -0.3})
+    add_to_weights(expected, one, 0.8)
+    add_to_weights(expected, two, -0.3)
+    assert_close(outputs(base), outputs(expected))
+    set_adapter_weights(base, {"two": 1.0})
+    alone = tiny_base()
+    add_to_weights(alone, two)
+    assert_close(outputs(base), outputs(alone))
+
+
+def test_layers_may_have_ranks_of_their_own(tiny_base, make_adapter):
+    base, expected = tiny_base(), tiny_base()
+    paths = list(make_adapter(base).layers)
+    layers = {
+        path: make_adapter(base, rank=1 + index % 3, seed=index).layers[path] for index, path in enumerate(paths)
+    }
+    adapter = AdapterFile(layers, "sd1")
+    add_adapter(base, "one", adapter)
+    set_adapter_weights(base, {"one": 1.0})
+    add_to_weights(expected, adapter)
+    assert_close(outputs(base), outputs(expected))
+
+
+def test_linear_weights_fit_a_one_by_one_convolution_and_back(tiny_base, make_adapter):
+    for shape, fold in (("sd1", lambda t: t.flatten(1)), ("sd2", lambda t: t[..., None, None])):
+        base, expected = tiny_base(shape), tiny_base(shape)
+        adapter = make_adapter(base, patterns=("attentions.*.proj_in",), text_encoder=False)
+        add_to_weights(expected, adapter)
+        folded = {p: LoraLayer(fold(layer.down), fold(layer.up), layer.alpha) for p, layer in adapter.layers.items()}
+        add_adapter(base, "one", replace(adapter, layers=folded))
+        set_adapter_weights(base, {"one": 1.0})
+        assert_close([unet_output(base)], [unet_output(expected)])
+
+
+def test_remove_gives_the_very_module_objects_back(tiny_base, make_adapter):
+    base = tiny_base()
+    before = {name: dict(module.named_modules()) for name, module in base.components()}
+    digest, bare = base.weights_sha256(), outputs(base)
+    add_adapter(base, "one", make_adapter(base, seed=1))
+    add_adapter(base, "two", make_adapter(base, seed=2, patterns=("attn2.to_k", "conv_in")))
+    set_adapter_weights(base, {"one": 1.0, "two": 1.0})
+    both = outputs(base)
+    remove_adapter(base, "one")
+    set_adapter_weights(base, {"two": 1.0})
+    assert_different([outputs(base)[0]], [both[0]])
+    remove_adapter(base, "two")
+    for name, module in base.components():
+        after = dict(module.named_modules())
+        assert list(after) == list(before[name])
+        assert all(after[path] is layer for path, layer in before[name].items())
+        assert not hasattr(module, "peft_config")
+    assert base.weights_sha256() == digest
+    assert_same_bits(outputs(base), bare)
+
+
+def test_an_adapter_can_be_added_again_after_it_was_removed(tiny_base, make_adapter):
+    base = tiny_base()
+    adapter = make_adapter(base)
+    results = []
+    for _ in range(2):
+        add_adapter(base, "one", adapter)
+        set_adapter_weights(base, {"one": 1.0})
+        results.append(outputs(base))
+        remove_adapter(base, "one")
+    assert_same_bits(*results)
+
+
+def changed(adapter: AdapterFile, path: str, layer: LoraLayer) -> AdapterFile:
+    return replace(adapter, layers={**adapter.layers, path: layer})
+
+
+def wrong_adapters(base, make_adapter):
+    good = make_adapter(base)
+    conv = next(path for path in good.layers if path.endswith("conv1"))
+    linear = next(path for path in good.layers if path.endswith("to_q"))
+    down, up = good.layers[conv].down, good.layers[conv].up
+    yield "missing layer", changed(good, "unet.mid_block.attentions.7.proj_in", good.layers[linear])
+    yield "missing component", changed(good, "text_encoder_2.encoder.layers.0.mlp.fc1", good.layers[linear])
+    yield "wrong width", changed(good, linear, LoraLayer(torch.ones(2, 999), torch.ones(32, 2), 1.0))
+    yield "wrong kernel", changed(good, conv, LoraLayer(down[..., :1, :1], up, 1.0))
+    yield "kernel on a linear layer", changed(
+        good, linear, LoraLayer(good.layers[linear].down[..., None, None].repeat(1, 1, 3, 3), up[:32], 1.0)
+    )
+    yield "no layer with a weight", changed(good, "unet.mid_block", good.layers[linear])
+    norm = LoraLayer(torch.ones(1, 1), torch.ones(32, 1), 1.0)
+    yield "a norm", changed(good, "unet.conv_norm_out", norm)
+    vocabulary, width = base.text_encoders["text_encoder"].get_input_embeddings().weight.shape
+    table = LoraLayer(torch.ones(2, width), torch.ones(vocabulary, 2), 1.0)
+    yield "an embedding", changed(good, "text_encoder.text_model.embeddings.token_embedding", table)
+    text = next(path for path in good.layers if path.startswith("text_encoder."))
+    yield "named twice", changed(good, text.replace("text_model.", ""), good.layers[text])
+
+
+def test_an_adapter_of_another_base_is_refused_and_the_base_is_as_before(tiny_base, make_adapter):
+    base = tiny_base()
+    digest, bare = base.weights_sha256(), outputs(base)
+    modules = list(base.unet.modules())
+    for reason, adapter in wrong_adapters(base, make_adapter):
+        with pytest.raises(ModelError, match="the adapter does not fit the base") as caught:
+            add_adapter(base, "wrong", adapter)
+        assert "\n" not in str(caught.value), reason
+        assert all(a is b for a, b in zip(base.unet.modules(), modules, strict=True)), reason
+    assert base.weights_sha256() == digest
+    assert_same_bits(outputs(base), bare)
+
+
+def test_the_refusal_names_the_base_that_the_file_names(tiny_base, make_adapter):
+    base = tiny_base("sd2")
+    adapter = replace(make_adapter(tiny_base("sd1")), metadata={"ss_sd_model_name": "dreamy-v5"})
+    with pytest.raises(ModelError, match=r"Stable Diffusion 2\.x.*layers differ.*the file says dreamy-v5"):
+        add_adapter(base, "wrong", replace(adapter, layers={**adapter.layers, "unet.x": next(iter(adapter.layers.values()))}))
+
+
+def test_diffusers_own_loader_gives_the_same_output(tiny_base, tiny_folder, make_adapter, tmp_path):
+    base = tiny_base()
+    adapter = make_adapter(base, alpha=0.6)
+    path = tmp_path / "a.safetensors"
+    write_adapter(adapter, path)
+    add_adapter(base, "one", read_adapter(path))
+    set_adapter_weights(base, {"one": 1.0})
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder("sd1"), safety_checker=None)
+    pipeline.load_lora_weights(str(path))
+    theirs = replace(base, unet=pipeline.unet, text_encoders={"text_encoder": pipeline.text_encoder})
+    assert_close(outputs(base), outputs(theirs))
+    assert_different(outputs(theirs), outputs(tiny_base()))
+
+
+# --- an adapter to be trained ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_new_adapter_leaves_the_output_bit_identical(tiny_base, shape):
+    base = tiny_base(shape)
+    bare = outputs(base)
+    parameters = new_adapter(base, "trained", RANK4, seed=7)
+    assert_same_bits(outputs(base), bare)
+    assert set(parameters) == {"unet", "text_encoder"}
+    for trained in parameters.values():
+        assert len(trained) % 2 == 0
+        assert all(p.dtype == torch.float32 and p.requires_grad for p in trained)
+    every = [p for _, module in base.components() for p in module.parameters() if p.requires_grad]
+    assert {id(p) for p in every} == {id(p) for trained in parameters.values() for p in trained}
+
+
+def test_a_new_adapter_is_drawn_from_its_seed_alone(tiny_base):
+    def drawn(seed):
+        base = tiny_base()
+        torch.rand(seed + 1)  # the global generator must not matter
+        state = torch.get_rng_state()
+        new_adapter(base, "trained", RANK4, seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        return extract_adapter(base, "trained")
+
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    assert all(torch.equal(first[path].down, again[path].down) for path in first)
+    assert not any(torch.equal(first[path].down, other[path].down) for path in first)
+    assert all(layer.up.count_nonzero() == 0 and layer.alpha == 2.0 and layer.rank == 4 for layer in first.values())
+
+
+def test_gradients_reach_every_trained_weight_and_no_other(tiny_base):
+    base = tiny_base()
+    parameters = new_adapter(base, "trained", RANK4, seed=7)
+    conditioning = base.family.encode_prompts(base, ["a ball"])
+    base.family.predict(base, torch.randn(1, 4, 8, 8), torch.tensor([5]), conditioning, []).square().mean().backward()
+    ups = [p for trained in parameters.values() for p in trained[1::2]]
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in ups[: len(parameters["unet"]) // 2])
+    assert all(p.grad is None for name, p in base.unet.named_parameters() if ".lora_" not in name)
+
+
+def test_targets_that_match_nothing_are_refused(tiny_base):
+    base = tiny_base()
+    with pytest.raises(ConfigError, match=r"adapter\.targets: 'attn3\.\*' matches no layer of this base"):
+        new_adapter(base, "trained", AdapterSection(targets=("attention", "attn3.*")), 0)
+    assert not hasattr(base.unet, "peft_config")
+
+
+def test_switching_weights_keeps_what_is_trained(tiny_base, make_adapter):
+    base = tiny_base()
+    parameters = new_adapter(base, "trained", RANK4, seed=0)
+    for weights in ({}, {"trained": 0.0}, {"trained": 1.0}):
+        set_adapter_weights(base, weights)
+        assert all(p.requires_grad for trained in parameters.values() for p in trained)
+
+
+def test_adapters_off_shows_the_bare_base_and_restores_also_after_an_exception(tiny_base, make_adapter):
+    base = tiny_base()
+    bare = outputs(base)
+    add_adapter(base, "one", make_adapter(base))
+    set_adapter_weights(base, {"one": 1.0})
+    active = outputs(base)
+    with adapters_off(base):
+        assert_same_bits(outputs(base), bare)
+    assert_same_bits(outputs(base), active)
+    with pytest.raises(RuntimeError), adapters_off(base):
+        raise RuntimeError
+    assert_same_bits(outputs(base), active)
+    set_adapter_weights(base, {})
+    with adapters_off(base):
+        pass
+    assert_same_bits(outputs(base), bare)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_extract_write_read_add_gives_the_live_adapters_output(tiny_base, tmp_path, shape):
+    base = tiny_base(shape)
+    parameters = new_adapter(base, "trained", RANK4, seed=7)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for trained in parameters.values():
+            for parameter in trained:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.2
+    live = outputs(base)
+    path = tmp_path / "a.safetensors"
+    write_adapter(AdapterFile(extract_adapter(base, "trained"), shape), path)
+    read = read_adapter(path)
+    assert any(p.startswith("text_encoder.text_model.encoder.layers.0.self_attn") for p in read.layers)
+    other = tiny_base(shape)
+    add_adapter(other, "file", read)
+    set_adapter_weights(other, {"file": 1.0})
+    assert_same_bits(outputs(other), live)
+    assert_different(live, outputs(tiny_base(shape)))
+    again = extract_adapter(other, "file")
+    assert {path: layer.alpha for path, layer in again.items()} == {path: 2.0 for path in read.layers}
+    assert all(torch.equal(again[p].down, layer.down) for p, layer in read.layers.items())
+
+
+def test_extracted_layers_are_copies(tiny_base):
+    base = tiny_base()
+    parameters = new_adapter(base, "trained", RANK4, seed=7)
+    layers = extract_adapter(base, "trained")
+    with torch.no_grad():
+        parameters["unet"][0].fill_(9.0)
+    assert all(layer.down.max() < 9.0 for layer in layers.values())
+    assert not any(layer.down.requires_grad for layer in layers.values())
+
+
+def test_load_weights_gives_the_live_adapter_the_saved_weights(tiny_base):
+    base, other = tiny_base(), tiny_base()
+    new_adapter(base, "trained", RANK4, seed=1)
+    new_adapter(other, "trained", RANK4, seed=2)
+    saved = extract_adapter(base, "trained")
+    load_weights(other, "trained", saved)
+    assert all(torch.equal(layer.down, saved[path].down) for path, layer in extract_adapter(other, "trained").items())
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        RANK4.model_copy(update={"rank": 1}),
+        RANK4.model_copy(update={"alpha": 4.0}),
+        RANK4.model_copy(update={"targets": ("attention",)}),
+    ],
+)
+def test_load_weights_refuses_an_adapter_of_another_form(tiny_base, section):
+    base, other = tiny_base(), tiny_base()
+    new_adapter(base, "trained", section, seed=1)
+    new_adapter(other, "trained", RANK4, seed=2)
+    before = extract_adapter(other, "trained")
+    with pytest.raises(ModelError, match="differ in their layers, ranks or alphas"):
+        load_weights(other, "trained", extract_adapter(base, "trained"))
+    assert all(torch.equal(layer.down, before[path].down) for path, layer in extract_adapter(other, "trained").items())
+
+
+def test_base_weight_norms_do_not_see_the_adapter(tiny_base, make_adapter):
+    base = tiny_base()
+    paths = list(make_adapter(base).layers)
+    before = base_weight_norms(base, paths)
+    assert before[paths[0]] == pytest.approx(base.unet.get_submodule(paths[0][5:]).weight.norm().item())
+    add_adapter(base, "one", make_adapter(base))
+    assert base_weight_norms(base, paths) == before
+
+
+def test_has_float32_adapter(tiny_base, make_adapter):
+    base = tiny_base()
+    assert not has_float32_adapter(base)
+    base.unet.to(torch.bfloat16)
+    base.dtype = torch.bfloat16
+    add_adapter(base, "file", make_adapter(base, text_encoder=False))
+    assert not has_float32_adapter(base)
+    new_adapter(base, "trained", AdapterSection(rank=1), 0)
+    assert has_float32_adapter(base)

@@ -1,0 +1,109 @@
+"""What every test has: one thread, no network, tiny bases."""
+
+from __future__ import annotations
+
+import os
+
+# Before any library is imported: these are read once.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+_LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline() -> Iterator[None]:
+    """Any connection that leaves the machine fails the test that makes it."""
+    real_connect, real_lookup = socket.socket.connect, socket.getaddrinfo
+
+    def connect(self: socket.socket, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(_LOOPBACK):
+            raise AssertionError(f"a test tried to connect to {address}")
+        return real_connect(self, address)
+
+    def getaddrinfo(host, *arguments, **options):
+        if host is not None and not str(host).startswith(_LOOPBACK):
+            raise AssertionError(f"a test tried to look up {host}")
+        return real_lookup(host, *arguments, **options)
+
+    socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
+    try:
+        yield
+    finally:
+        socket.socket.connect, socket.getaddrinfo = real_connect, real_lookup
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """`tiny_folder(shape)`: a diffusers folder of that shape with random weights; do not write to it."""
+    from sdlora.families.tiny import save_tiny
+    from sdlora.quiet import quiet_libraries
+
+    quiet_libraries()
+    _one_thread()
+    folders: dict[str, Path] = {}
+
+    def folder(shape: str) -> Path:
+        if shape not in folders:
+            folders[shape] = save_tiny(shape, tmp_path_factory.mktemp("bases") / shape)
+        return folders[shape]
+
+    return folder
+
+
+@pytest.fixture
+def tiny_base(tiny_folder):
+    """`tiny_base(shape)`: that base, freshly loaded on the CPU in float32."""
+    from sdlora.config import BaseSection
+    from sdlora.families.registry import load_base
+
+    def base(shape: str = "sd1"):
+        return load_base(BaseSection(path=str(tiny_folder(shape)), precision="fp32"), "cpu")
+
+    return base
+
+
+@pytest.fixture
+def make_adapter():
+    """`make_adapter(base, ...)`: an AdapterFile of random weights that fits the base."""
+    import torch
+
+    from sdlora.adapters.file import AdapterFile
+    from sdlora.adapters.layers import LoraLayer
+    from sdlora.families.base import match_targets
+
+    def make(
+        base,
+        patterns=("attn1.to_q", "attn2.to_*", "attentions.*.proj_in", "resnets.*.conv1"),
+        text_encoder=True,
+        rank=2,
+        alpha=1.5,
+        seed=0,
+    ) -> AdapterFile:
+        generator = torch.Generator().manual_seed(seed)
+        live = {f"unet.{path}": base.unet.get_submodule(path) for path in match_targets(base.unet, patterns)}
+        if text_encoder:
+            encoder = base.text_encoders["text_encoder"]
+            for path in match_targets(encoder, base.family.text_encoder_targets):
+                live[f"text_encoder.text_model.{path.removeprefix('text_model.')}"] = encoder.get_submodule(path)
+        layers = {}
+        for path, module in live.items():
+            out, inside, *kernel = module.weight.shape
+            down = torch.randn(rank, inside, *kernel, generator=generator) * 0.1
+            up = torch.randn(out, rank, *(1 for _ in kernel), generator=generator) * 0.3
+            layers[path] = LoraLayer(down, up, alpha)
+        return AdapterFile(layers, base.family.name, {"ss_output_name": "random"})
+
+    return make
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,190 @@
+import math
+import tomllib
+
+import pytest
+from pydantic import ValidationError
+
+from sdlora.config import (
+    TARGET_PRESETS,
+    TrainConfig,
+    field_descriptions,
+    load_config,
+    parse_config,
+    require_complete,
+    write_config,
+)
+from sdlora.errors import ConfigError
+from sdlora.families.sd import SD1, SD2
+
+COMPLETE = {"base": {"path": "tiny"}, "data": {"folder": "pictures"}, "output": {"folder": "run"}}
+
+
+def problem_of(values: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(values)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "nearest"),
+    [
+        ({"optimizer": {"learning_rte": 1e-4}}, "unknown key optimizer.learning_rte; did you mean optimizer.learning_rate?"),
+        ({"learning_rate": 1e-4}, "unknown key learning_rate; did you mean optimizer.learning_rate?"),
+        ({"training": {"rank": 4}}, "unknown key training.rank; did you mean adapter.rank?"),
+        ({"steps": 4}, "unknown key steps; did you mean training.steps?"),
+        ({"seed": 4}, "unknown key seed; did you mean training.seed?"),
+        ({"optimiser": {}}, "unknown key optimiser; did you mean optimizer?"),
+        ({"zzzz": 1}, "unknown key zzzz; known are base, data, adapter"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(values, nearest):
+    assert nearest in problem_of(values)
+
+
+def test_all_problems_come_in_one_message():
+    message = problem_of(
+        {
+            "optimizer": {"learning_rte": 1, "learning_rate": 0},
+            "data": {"repeats": 0},
+            "base": {"precision": "fp8"},
+            "trainig": {},
+        }
+    )
+    for part in (
+        "optimizer.learning_rte",
+        "optimizer.learning_rate is 0; input should be greater than 0",
+        "data.repeats is 0",
+        "base.precision is 'fp8'; input should be 'auto', 'fp32', 'bf16' or 'fp16'",
+        "trainig",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("optimizer", "learning_rate", 0.0),
+        ("optimizer", "learning_rate", -1e-4),
+        ("optimizer", "learning_rate", math.nan),
+        ("optimizer", "learning_rate", math.inf),
+        ("optimizer", "learning_rate", "fast"),
+        ("optimizer", "epsilon", math.nan),
+        ("optimizer", "weight_decay", math.inf),
+        ("optimizer", "weight_decay", -0.1),
+        ("optimizer", "clip_norm", math.nan),
+        ("optimizer", "betas", (0.9, 1.0)),
+        ("optimizer", "betas", (math.nan, 0.9)),
+        ("optimizer", "betas", (0.9,)),
+        ("optimizer", "warmup_steps", -1),
+        ("adapter", "rank", 0),
+        ("adapter", "rank", 2.5),
+        ("adapter", "alpha", 0),
+        ("adapter", "alpha", math.inf),
+        ("adapter", "dropout", 1.0),
+        ("adapter", "dropout", math.nan),
+        ("data", "caption_dropout", 1.5),
+        ("data", "caption_dropout", math.nan),
+        ("data", "resolution", -8),
+        ("training", "steps", 0),
+        ("training", "batch_size", -1),
+        ("training", "min_snr_gamma", -5),
+        ("samples", "guidance_scale", math.nan),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_key_and_value(section, key, value):
+    message = problem_of({section: {key: value}})
+    assert f"{section}.{key}" in message
+    assert "should be" in message or "required" in message or "not given" in message
+
+
+def test_a_long_wrong_value_is_not_repeated_in_full():
+    assert len(problem_of({"base": {"path": ["x" * 20_000] * 50}})) < 300
+
+
+def test_defaults_and_zero_where_zero_means_off():
+    config = parse_config({"optimizer": {"clip_norm": 0}, "training": {"min_snr_gamma": 0}})
+    assert config.optimizer.clip_norm == 0
+    assert config.adapter.alpha == config.adapter.rank == 16
+    assert config.optimizer.betas == (0.9, 0.99)
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        TrainConfig().training.steps = 5
+
+
+def test_written_and_read_again_it_is_the_same(tmp_path):
+    config = parse_config(
+        {
+            "base": {"path": 'C:\\models "x"\\ä.safetensors', "precision": "bf16"},
+            "data": {"caption": "a photo of [trigger]\tnow", "flip": True, "caption_dropout": 0.1},
+            "adapter": {"targets": ["attention", "ff.net.*"], "alpha": 2.5},
+            "optimizer": {"learning_rate": 1e-05, "betas": [0.8, 0.95]},
+            "samples": {"prompts": ["猫", "b"], "seed": 2**40},
+        }
+    )
+    path = tmp_path / "config.toml"
+    write_config(config, path)
+    assert parse_config(load_config(path)) == config
+    assert set(tomllib.loads(path.read_text(encoding="utf-8"))) == set(TrainConfig.model_fields)
+
+
+def test_a_missing_broken_or_binary_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: there is no such configuration file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "a.toml").write_text("steps = \n")
+    with pytest.raises(ConfigError, match=r"a\.toml: is not valid TOML \(.*line 1"):
+        load_config(tmp_path / "a.toml")
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"b\.toml: cannot be read as a text file"):
+        load_config(tmp_path / "b.toml")
+    with pytest.raises(ConfigError, match="cannot be read as a text file"):
+        load_config(tmp_path)
+
+
+def test_require_complete_accepts_the_shortest_configuration():
+    assert require_complete(parse_config(COMPLETE)) is None
+
+
+def test_require_complete_names_everything_at_once():
+    config = parse_config(
+        {
+            "data": {"resolution": 500},
+            "output": {"name": "../evil"},
+            "adapter": {"targets": []},
+            "training": {"steps": 5},
+            "optimizer": {"warmup_steps": 6},
+        }
+    )
+    with pytest.raises(ConfigError) as caught:
+        require_complete(config)
+    message = str(caught.value)
+    for part in (
+        "base.path is not set",
+        "data.folder is not set",
+        "output.folder is not set",
+        "output.name is '../evil'",
+        "data.resolution is 500; it must be a multiple of 8",
+        "adapter.targets is empty",
+        "optimizer.warmup_steps is 6, more than training.steps = 5",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "", "..", ".hidden", "a\nb", "a:b"])
+def test_an_output_name_is_a_plain_file_name(name):
+    with pytest.raises(ConfigError, match=r"output\.name"):
+        require_complete(parse_config({**COMPLETE, "output": {"folder": "run", "name": name}}))
+
+
+def test_every_field_is_described():
+    described = field_descriptions()
+    assert described["training.steps"] == "Optimizer steps."
+    assert list(described)[0] == "base.path"
+    assert [key for key, text in described.items() if not text.endswith((".", "?"))] == []
+
+
+def test_the_presets_of_the_help_text_are_those_of_the_families():
+    for family in (SD1, SD2):
+        assert set(family.target_presets) == set(TARGET_PRESETS)

@@ -1,0 +1,279 @@
+"""Training end to end on a random tiny base."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdlora import load_config, parse_config, read_adapter, train
+from sdlora.errors import ConfigError, DataError, OutputError, TrainingError
+from sdlora.storage import read_header, read_tensors, sha256_of_tensor_data
+from sdlora.training import loop as loop_module
+from sdlora.training.events import read_events
+from sdlora.training.loop import TrainingLoop
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(path)[0]
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone: nothing of ours may catch it."""
+
+
+def test_a_run_leaves_adapter_config_and_events(configure: Any) -> None:
+    config = configure()
+    result = train(config)
+    assert result.adapter == Path(config.output.folder) / "adapter.safetensors"
+    assert not result.interrupted and result.steps == 6
+    assert parse_config(load_config(result.folder / "config.toml")) == config
+    events = read_events(result.folder / "events.jsonl")
+    kinds = [event["event"] for event in events]
+    assert kinds[0] == "start" and kinds[-1] == "done"
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in events if e["event"] == "validation"] == [0, 3, 6]
+    steps = [e for e in events if e["event"] == "step"]
+    assert set(steps[0]) == {
+        "event", "time", "step", "loss", "gradient_norm", "learning_rate", "examples_seen", "images_per_second",
+        "eta_seconds",
+    }  # fmt: skip
+    # Three pictures in each of two buckets make four batches an epoch, of 2, 1, 2 and 1 examples.
+    assert steps[3]["examples_seen"] == 6
+
+
+def test_the_adapter_learns_its_pictures(configure: Any) -> None:
+    result = train(configure(training__steps=60, optimizer__learning_rate=5e-3, validation__every_steps=0))
+    events = [e for e in read_events(result.folder / "events.jsonl") if e["event"] == "step"]
+    first, last = ([e["loss"] for e in part] for part in (events[:20], events[-20:]))
+    assert sum(last) < sum(first)
+    assert result.effect.noticeable and result.effect.delta_share > 0
+
+
+def test_same_seed_same_adapter_other_seed_another(configure: Any, tmp_path: Path) -> None:
+    hashes = [
+        sha256_of_tensor_data(train(configure(output__folder=str(tmp_path / name), training__seed=seed)).adapter)
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+def test_a_killed_run_resumed_gives_the_uninterrupted_adapter_bit_for_bit(
+    configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    # Rank 160 makes matrices of over 4,096 weights, which 8-bit AdamW really keeps in 8 bits.
+    values = {
+        "optimizer__kind": optimizer,
+        "adapter__rank": 160,
+        "adapter__dropout": 0.1,
+        "data__caption_dropout": 0.3,
+        "training__accumulate_batches": 2,
+        "training__checkpoint_every_steps": 2,
+    }
+    whole = train(configure(**values, output__folder=str(tmp_path / "whole")))
+
+    periodic = TrainingLoop._periodic
+
+    def die_after_step_4(self: TrainingLoop, *arguments: Any) -> None:
+        periodic(self, *arguments)
+        if self.step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "_periodic", die_after_step_4)
+        with pytest.raises(Killed):
+            train(configure(**values))
+    resumed = train(configure(**values, training__resume=True))
+    events = read_events(resumed.folder / "events.jsonl")
+    assert [e["resumed_at_step"] for e in events if e["event"] == "start"] == [0, 4]
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 5, 6]
+    assert resumed.steps == whole.steps
+    assert sha256_of_tensor_data(resumed.adapter) == sha256_of_tensor_data(whole.adapter)
+    assert resumed.loss_before == whole.loss_before and resumed.loss_after == whole.loss_after
+
+
+def test_resuming_with_other_settings_is_refused(configure: Any) -> None:
+    train(configure(training__checkpoint_every_steps=2))
+    with pytest.raises(ConfigError, match="other settings"):
+        train(configure(training__checkpoint_every_steps=2, training__resume=True, training__batch_size=1))
+
+
+def test_resuming_without_a_checkpoint_is_refused(configure: Any) -> None:
+    with pytest.raises(ConfigError, match="no readable checkpoint"):
+        train(configure(training__resume=True))
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(configure: Any) -> None:
+    first = train(configure(training__checkpoint_every_steps=2))
+    newest = sorted((first.folder / "checkpoints").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    again = train(configure(training__checkpoint_every_steps=2, training__resume=True))
+    assert sha256_of_tensor_data(again.adapter) == sha256_of_tensor_data(first.adapter)
+
+
+def test_ctrl_c_saves_the_adapter_and_a_checkpoint(configure: Any) -> None:
+    config = configure(training__steps=100_000, optimizer__schedule="constant", validation__every_steps=0)
+    log = Path(config.output.folder) / "events.jsonl"
+
+    def press() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (log.exists() and '"step": 3' in log.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    result = train(config)
+    assert result.interrupted and 3 <= result.steps < 100_000
+    assert read_adapter(result.adapter).metadata["ss_steps"] == str(result.steps)
+    assert (result.folder / "checkpoints" / f"state-{result.steps:06d}.pt").exists()
+    assert read_events(log)[-1]["interrupted"] is True
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_diverged_run_fails_and_keeps_the_good_file(configure: Any) -> None:
+    good = train(configure())
+    before = good.adapter.read_bytes()
+    with pytest.raises(TrainingError, match=r"3 steps in a row.*lower optimizer.learning_rate"):
+        train(configure(optimizer__learning_rate=1e15, training__steps=50, output__overwrite=True))
+    assert good.adapter.read_bytes() == before
+    assert read_events(good.folder / "events.jsonl")[-1]["event"] == "failed"
+
+
+def test_an_adapter_with_nan_is_never_written(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = train(configure())
+    before = good.adapter.read_bytes()
+
+    optimize = TrainingLoop._optimize
+
+    def poison(self: TrainingLoop) -> tuple[float, float]:
+        outcome = optimize(self)
+        with torch.no_grad():
+            self.parameters[0].fill_(math.nan)
+        return outcome if self.step < 5 else (0.1, 0.1)
+
+    monkeypatch.setattr(TrainingLoop, "_optimize", poison)
+    monkeypatch.setattr(loop_module, "_BAD_STEPS_IN_A_ROW", 1000)
+    with pytest.raises(TrainingError, match="was not saved"):
+        train(configure(output__overwrite=True))
+    assert good.adapter.read_bytes() == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adapter_weights_stay_float32_and_all_of_them_move(
+    configure: Any, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bf16 adapter would keep most of its down weights at their start: the steps are below its precision."""
+    kinds: set[torch.dtype] = set()
+    moved: list[float] = []
+    optimize = TrainingLoop._optimize
+
+    def watch(self: TrainingLoop) -> tuple[float, float]:
+        before = [p.detach().clone() for p in self.parameters]
+        outcome = optimize(self)
+        kinds.update(p.dtype for p in self.parameters)
+        pairs = zip(self.parameters, before, strict=True)
+        if self.step == 5:
+            moved.extend(float((p.detach() != old).float().mean()) for p, old in pairs)
+        return outcome
+
+    monkeypatch.setattr(TrainingLoop, "_optimize", watch)
+    train(configure(base__precision=precision, optimizer__learning_rate=1e-4, optimizer__schedule="constant"))
+    assert kinds == {torch.float32}
+    assert min(moved) > 0.9
+
+
+def test_clipping_really_clips(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watch(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    result = train(configure(optimizer__kind="adamw", optimizer__clip_norm=1e-4))
+    norms = [e["gradient_norm"] for e in read_events(result.folder / "events.jsonl") if e["event"] == "step"]
+    assert min(norms) > 1e-3, "the gradients must be larger than the bound for this to mean anything"
+    assert seen == pytest.approx([1e-4] * 6, rel=1e-2)
+
+
+def test_text_encoder_is_trained_when_asked(configure: Any) -> None:
+    result = train(configure(adapter__text_encoder=True, adapter__targets=("cross-attention",)))
+    adapter = read_adapter(result.adapter)
+    assert adapter.components() == {"text_encoder": 8, "unet": 16}
+    keys = read_header(result.adapter).tensors
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in keys
+    assert all(float(layer.up.abs().max()) > 0 for layer in adapter.layers.values())
+
+
+def test_metadata_tells_the_run_but_no_captions_or_paths(configure: Any) -> None:
+    result = train(configure())
+    metadata = read_adapter(result.adapter).metadata
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_network_module"] == "networks.lora"
+    assert metadata["ss_base_model_version"] == "sd_v1" and metadata["ss_v2"] == "False"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["modelspec.trigger_phrase"] == "zorb"
+    assert json.loads(metadata["ss_tag_frequency"]) == {"adapter": {"zorb": 6}}
+    assert metadata["sshs_model_hash"] == sha256_of_tensor_data(result.adapter)
+    everything = json.dumps(dict(metadata))
+    assert "on a wall" not in everything and str(result.folder.parent) not in everything
+
+
+def test_an_adapter_that_does_nothing_is_called_out(configure: Any) -> None:
+    result = train(configure(optimizer__learning_rate=1e-9))
+    assert not result.effect.noticeable
+    assert "DOES NOTHING" in result.effect.sentence() and "learning_rate" in result.effect.sentence()
+
+
+def test_samples_are_made_with_the_live_adapter_and_a_failing_one_does_not_end_the_run(configure: Any) -> None:
+    calls: list[tuple[str, tuple[str, ...], str]] = []
+
+    def preview(base: Any, adapter: str, samples: Any, folder: Path) -> list[Path]:
+        calls.append((adapter, samples.prompts, folder.name))
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return [folder / "00.png"]
+
+    config = configure(samples__prompts=("a [trigger]",), samples__every_steps=4)
+    result = train(config, preview=preview)
+    assert calls == [("trained", ("a zorb",), "step-000004"), ("trained", ("a zorb",), "step-000006")]
+    kinds = [e["event"] for e in read_events(result.folder / "events.jsonl")]
+    assert kinds.count("sample_failed") == 1 and kinds.count("sample") == 1
+
+
+def test_a_second_run_does_not_overwrite_the_first_unasked(configure: Any) -> None:
+    train(configure())
+    with pytest.raises(ConfigError, match=r"already holds a run.*overwrite"):
+        train(configure())
+    train(configure(output__overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"data__folder": "/no/such/place"}, DataError, "there is no such folder"),
+        ({"output__folder": "/dev/null/run"}, OutputError, "cannot be used as output folder"),
+        ({"base__path": ""}, ConfigError, r"base\.path is not set"),
+        ({"adapter__targets": ("attn9.to_k",)}, ConfigError, "matches no layer"),
+        ({"data__resolution": 100}, ConfigError, "multiple of 8"),
+    ],
+)
+def test_wrong_use_is_one_sentence(configure: Any, change: dict[str, Any], error: type, sentence: str) -> None:
+    with pytest.raises(error, match=sentence) as caught:
+        train(configure(**change))
+    assert "\n" not in str(caught.value)
+
+
+def test_held_out_pictures_must_not_be_training_pictures(configure: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="also a training picture"):
+        train(configure(validation__folder=settings["data"]["folder"]))
