@@ -226,7 +226,8 @@ def serialize_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
     """
     from safetensors.torch import save
 
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    # Copies, because the library refuses tensors that share memory.
+    data = save({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()})
     (length,) = struct.unpack("<Q", data[:8])
     entries = json.loads(data[8 : 8 + length])
     header: dict[str, Any] = {}

@@ -103,6 +103,32 @@ def make_adapter():
     return make
 
 
+@pytest.fixture
+def recipe():
+    """A recipe with every field filled."""
+    from sdlora.generation.request import Recipe, UsedAdapter
+
+    return Recipe(
+        prompt='ein roter Ball, "schön", 猫',
+        negative_prompt="blurry, blue",
+        seed=41,
+        steps=20,
+        guidance_scale=6.5,
+        width=24,
+        height=16,
+        base="dreamy",
+        base_family="sd1",
+        base_sha256="ab" * 32,
+        adapters=(UsedAdapter("zorb", "cd" * 32, "ef" * 32, 0.8),),
+        scheduler="PNDMScheduler",
+        scheduler_config={"steps_offset": 1, "trained_betas": None},
+        noise_device="cpu",
+        precision="fp32",
+        device="cpu",
+        versions={"sdlora": "0.1.0", "torch": "2.13"},
+    )
+
+
 def _one_thread() -> None:
     import torch
 

@@ -29,7 +29,10 @@ def problem_of(values: dict) -> str:
 @pytest.mark.parametrize(
     ("values", "nearest"),
     [
-        ({"optimizer": {"learning_rte": 1e-4}}, "unknown key optimizer.learning_rte; did you mean optimizer.learning_rate?"),
+        (
+            {"optimizer": {"learning_rte": 1e-4}},
+            "unknown key optimizer.learning_rte; did you mean optimizer.learning_rate?",
+        ),
         ({"learning_rate": 1e-4}, "unknown key learning_rate; did you mean optimizer.learning_rate?"),
         ({"training": {"rank": 4}}, "unknown key training.rank; did you mean adapter.rank?"),
         ({"steps": 4}, "unknown key steps; did you mean training.steps?"),
@@ -181,7 +184,7 @@ def test_an_output_name_is_a_plain_file_name(name):
 def test_every_field_is_described():
     described = field_descriptions()
     assert described["training.steps"] == "Optimizer steps."
-    assert list(described)[0] == "base.path"
+    assert next(iter(described)) == "base.path"
     assert [key for key, text in described.items() if not text.endswith((".", "?"))] == []
 
 

@@ -65,9 +65,7 @@ def test_min_snr_weights_of_both_targets():
 def test_min_snr_weights_weigh_both_targets_alike():
     """The error of v is snr + 1 times, that of epsilon snr times the error of the latents."""
     snr = torch.tensor([30.0, 1.0, 0.01], dtype=torch.float64)
-    torch.testing.assert_close(
-        min_snr_weights(snr, 5.0, "epsilon") * snr, min_snr_weights(snr, 5.0, "v") * (snr + 1)
-    )
+    torch.testing.assert_close(min_snr_weights(snr, 5.0, "epsilon") * snr, min_snr_weights(snr, 5.0, "v") * (snr + 1))
 
 
 def test_the_schedule_of_stable_diffusion_at_its_ends():
@@ -119,7 +117,7 @@ def test_one_timestep_varies_and_more_than_the_schedule_holds_stay_in_range():
     assert len({draw_timesteps(1, 1000, generator).item() for _ in range(100)}) > 80
     drawn = draw_timesteps(64, 10, generator)
     counts = torch.bincount(drawn, minlength=10)
-    assert 5 <= counts.min() and counts.max() <= 8
+    assert counts.min() >= 5 and counts.max() <= 8
 
 
 def test_latents_from_posterior():

@@ -15,8 +15,18 @@ print(os.environ.get("GRADIO_ANALYTICS_ENABLED"), os.environ.get("TOKENIZERS_PAR
 """
 
 
+# What quiet_libraries sets, and may have set already in the process of the tests.
+OWN = {
+    "SDLORA_DEBUG",
+    "TOKENIZERS_PARALLELISM",
+    "GRADIO_ANALYTICS_ENABLED",
+    "TRANSFORMERS_VERBOSITY",
+    "DIFFUSERS_VERBOSITY",
+}
+
+
 def run(**environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if key not in {"SDLORA_DEBUG", "TOKENIZERS_PARALLELISM"}}
+    kept = {key: value for key, value in os.environ.items() if key not in OWN}
     return subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env={**kept, **environment}
     )

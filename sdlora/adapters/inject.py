@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -34,7 +35,7 @@ def new_adapter(base: LoadedBase, name: str, section: AdapterSection, seed: int)
         for component, paths in targets.items():
             config = LoraConfig(
                 r=section.rank,
-                lora_alpha=section.alpha,
+                lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft divides it as any number
                 lora_dropout=section.dropout,
                 target_modules=paths,
                 init_lora_weights=True,
@@ -116,7 +117,7 @@ def has_float32_adapter(base: LoadedBase) -> bool:
 def remove_adapter(base: LoadedBase, name: str) -> None:
     """`name` is gone; a layer without adapters is the base's own layer object again."""
     for _, module in base.components():
-        wrapped = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, PeftLoraLayer)]
+        wrapped = list(_named_lora_layers(module))
         for path, layer in wrapped:
             if name in layer.lora_A:
                 layer.delete_adapter(name)
@@ -133,8 +134,8 @@ def extract_adapter(base: LoadedBase, name: str) -> dict[str, LoraLayer]:
     """Return the layers of a live adapter, detached copies in float32 on the CPU."""
     layers = {}
     for component, module in base.components():
-        for path, layer in module.named_modules():
-            if isinstance(layer, PeftLoraLayer) and name in layer.lora_A:
+        for path, layer in _named_lora_layers(module):
+            if name in layer.lora_A:
                 layers[_canonical(component, path)] = LoraLayer(
                     layer.lora_A[name].weight.detach().float().cpu().clone(),
                     layer.lora_B[name].weight.detach().float().cpu().clone(),
@@ -153,7 +154,7 @@ def load_weights(base: LoadedBase, name: str, layers: Mapping[str, LoraLayer]) -
         )
     modules = dict(base.components())
     for path, layer in layers.items():
-        module = modules[path.split(".")[0]].get_submodule(_locate(modules, path).split(".", 1)[1])
+        module: Any = modules[path.split(".")[0]].get_submodule(_locate(modules, path).split(".", 1)[1])
         with torch.no_grad():
             module.lora_A[name].weight.copy_(layer.down)
             module.lora_B[name].weight.copy_(layer.up)
@@ -165,9 +166,8 @@ def base_weight_norms(base: LoadedBase, paths: Sequence[str]) -> dict[str, float
     norms = {}
     for path in paths:
         component, _, inside = _locate(modules, path).partition(".")
-        layer = modules[component].get_submodule(inside)
-        weight = layer.get_base_layer().weight if isinstance(layer, PeftLoraLayer) else layer.weight
-        norms[path] = float(weight.detach().float().norm())
+        layer = _bare(modules[component].get_submodule(inside))
+        norms[path] = float(layer.weight.detach().float().norm())
     return norms
 
 
@@ -176,9 +176,18 @@ def _patterns(base: LoadedBase, targets: Sequence[str]) -> list[str]:
     return [pattern for target in targets for pattern in presets.get(target, (target,))]
 
 
-def _lora_layers(base: LoadedBase) -> Iterator[PeftLoraLayer]:
+def _lora_layers(base: LoadedBase) -> Iterator[Any]:
     for _, module in base.components():
-        yield from (layer for layer in module.modules() if isinstance(layer, PeftLoraLayer))
+        yield from (layer for _, layer in _named_lora_layers(module))
+
+
+def _named_lora_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from ((path, layer) for path, layer in module.named_modules() if isinstance(layer, PeftLoraLayer))
+
+
+def _bare(layer: nn.Module) -> Any:
+    """Return the base's own layer, which an adapter may have wrapped."""
+    return layer.get_base_layer() if isinstance(layer, PeftLoraLayer) else layer
 
 
 def _canonical(component: str, path: str) -> str:
@@ -227,12 +236,11 @@ def _check_fit(base: LoadedBase, adapter: AdapterFile, located: Mapping[str, str
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...] | None:
     """Return [out, in, kh, kw] of a layer that can carry an adapter, 1 x 1 for a linear one, else None."""
-    if isinstance(layer, PeftLoraLayer):
-        layer = layer.get_base_layer()
-    if isinstance(layer, nn.Linear):
-        return (layer.out_features, layer.in_features, 1, 1)
-    if isinstance(layer, nn.Conv2d):
-        return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    bare = _bare(layer)
+    if isinstance(bare, nn.Linear):
+        return (bare.out_features, bare.in_features, 1, 1)
+    if isinstance(bare, nn.Conv2d):
+        return (bare.out_channels, bare.in_channels // bare.groups, *bare.kernel_size)
     return None
 
 
@@ -240,7 +248,7 @@ def _form(layer: LoraLayer) -> tuple[torch.Size, torch.Size, float]:
     return layer.down.shape, layer.up.shape, layer.alpha
 
 
-def _fill(layer: nn.Module, name: str, weights: LoraLayer, base: LoadedBase) -> None:
+def _fill(layer: Any, name: str, weights: LoraLayer, base: LoadedBase) -> None:
     for target, tensor in ((layer.lora_A[name], weights.down), (layer.lora_B[name], weights.up)):
         value = tensor.to(base.device, base.dtype)
         if value.ndim == 2 and isinstance(target, nn.Conv2d):

@@ -355,10 +355,7 @@ _SHAPES: dict[str, tuple[list[_Part], list[_Part]]] = {
         [
             (_rectangle(-0.16, 0.0, 0.16, 0.5), _CREAM),
             (
-                [
-                    (0.52 * math.cos(math.radians(d)), 0.06 - 0.54 * math.sin(math.radians(d)))
-                    for d in range(0, 181, 6)
-                ],
+                [(0.52 * math.cos(math.radians(d)), 0.06 - 0.54 * math.sin(math.radians(d))) for d in range(0, 181, 6)],
                 None,
             ),
         ],

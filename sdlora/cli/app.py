@@ -34,15 +34,9 @@ def _parser() -> argparse.ArgumentParser:
         description="A web page that makes pictures with your adapters. Nothing leaves this computer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--base", default="tiny", help="tiny, a diffusers folder, a .safetensors file, a hub id"
-    )
-    parser.add_argument(
-        "--library", type=Path, default=Path("runs"), metavar="DIR", help="folder of adapters"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs"), metavar="DIR", help="where pictures go"
-    )
+    parser.add_argument("--base", default="tiny", help="tiny, a diffusers folder, a .safetensors file, a hub id")
+    parser.add_argument("--library", type=Path, default=Path("runs"), metavar="DIR", help="folder of adapters")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where pictures go")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; another needs --password")
     parser.add_argument("--port", type=int, default=7860, help="0: any free one")
     parser.add_argument("--password", metavar="USER:PASSWORD", default="", help="asked of every visitor")

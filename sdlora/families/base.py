@@ -182,9 +182,7 @@ def match_targets(module: torch.nn.Module, patterns: Sequence[str]) -> list[str]
     A pattern matches the end of a path, from a dot on, with shell wildcards: "attn2.to_k", "attn*.to_*",
     "ff.net.0.proj". Raises ConfigError for a pattern that matches nothing.
     """
-    paths = [
-        name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
-    ]
+    paths = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
     chosen: set[str] = set()
     for pattern in patterns:
         expression = re.compile(rf"(.*\.)?{fnmatch.translate(pattern)}")

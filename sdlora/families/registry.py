@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from sdlora.storage import SafetensorsHeader, read_header, sha256_of_file
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHT_FOLDERS = ("unet", "vae", "text_encoder")
+_TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 _SD1_TOKENIZER = "openai/clip-vit-large-patch14"
 
 
@@ -69,7 +69,10 @@ def find_base(section: BaseSection) -> Path:
         raise ModelError('no base is named; --base takes for example "tiny", a folder or a .safetensors file')
     if name == "tiny":
         return TINY_SD
-    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown user's "~name" as it is
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # "~name" of an unknown user
+        path = Path(name)
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
@@ -157,37 +160,49 @@ def _load_single_file(
             feature_extractor=None,
             requires_safety_checker=False,
         )
+        return family.from_pipeline(pipeline, source, device)
+    except NotImplementedError as error:  # torch's complaint about weights that the file did not hold
+        raise ModelError(f"{source.path}: lacks some of the model's weights; download or export it again") from error
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(
             f"{source.path}: cannot be loaded as {family.title} ({detail}); "
             "a checkpoint of another size needs base.config, a diffusers folder that describes it"
         ) from error
-    return family.from_pipeline(pipeline, source, device)
 
 
 def _find_tokenizer(section: BaseSection, file: Path, config: Path) -> Any:
-    """Return the tokenizer named by the user, beside the checkpoint, in the config folder, or in the hub's cache."""
+    """Return the tokenizer that the user names; else the one beside the file, in `config`, or in the hub's cache."""
     from transformers import CLIPTokenizer
 
     if section.tokenizer:
-        folder = Path(section.tokenizer).expanduser()
-        if not _holds_tokenizer(folder) and (folder.exists() or not _HUB_ID.fullmatch(section.tokenizer)):
-            raise ModelError(f"base.tokenizer: {folder} holds no tokenizer (vocab.json and merges.txt)")
-        try:
-            return CLIPTokenizer.from_pretrained(folder if folder.exists() else section.tokenizer)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"base.tokenizer: {section.tokenizer} cannot be loaded or downloaded") from error
-    places = [folder for folder in (file.parent / "tokenizer", config / "tokenizer") if _holds_tokenizer(folder)]
-    for place in (*places, _SD1_TOKENIZER):
-        try:
-            return CLIPTokenizer.from_pretrained(place, local_files_only=True)
-        except (OSError, ValueError):
-            continue
-    raise ModelError(
-        f"{file}: a checkpoint holds no tokenizer and none was found beside it; put the 'tokenizer' folder "
-        f"of any Stable Diffusion 1.x model next to the file, or set base.tokenizer to a folder or to {_SD1_TOKENIZER}"
-    )
+        named = Path(section.tokenizer).expanduser()
+        places = [named if named.exists() else _hub_folder(section.tokenizer, local_only=False)]
+        advice = f"base.tokenizer: {section.tokenizer} holds no tokenizer (vocab.json and merges.txt) or is not there"
+    else:
+        places = [file.parent / "tokenizer", config / "tokenizer", _hub_folder(_SD1_TOKENIZER, local_only=True)]
+        advice = (
+            f"{file}: a checkpoint holds no tokenizer and none was found beside it; put the 'tokenizer' folder of "
+            "any Stable Diffusion 1.x model next to the file, "
+            f"or set base.tokenizer to a folder or to {_SD1_TOKENIZER}"
+        )
+    for place in places:
+        if place is not None and _holds_tokenizer(place):
+            return CLIPTokenizer.from_pretrained(place)
+    raise ModelError(advice)
+
+
+def _hub_folder(name: str, *, local_only: bool) -> Path | None:
+    """Return the folder of a Hugging Face id's tokenizer files, or None where they cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not _HUB_ID.fullmatch(name):
+        return None
+    try:
+        return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES, local_files_only=local_only))
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
 
 
 def _download(name: str, section: BaseSection) -> Path:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdlora.diffusion import Prediction
@@ -18,18 +17,12 @@ from sdlora.families.base import BaseSource, Conditioning, LoadedBase, PictureSi
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CROSS_ATTENTION = tuple(f"attn2.{name}" for name in _ATTENTION)
 _ALL_ATTENTION = tuple(f"attn{number}.{name}" for number in (1, 2) for name in _ATTENTION)
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+_TEXT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 
 
 class StableDiffusion:
     """The family of SD 1.x (CLIP ViT-L, width 768) and SD 2.x (OpenCLIP ViT-H, width 1024)."""
-
-    text_encoder_prefixes = {"text_encoder": "lora_te"}
-    target_presets = {
-        "cross-attention": _CROSS_ATTENTION,
-        "attention": _ALL_ATTENTION,
-        "transformer": (*_ALL_ATTENTION, "ff.net.0.proj", "ff.net.2", "attentions.*.proj_in", "attentions.*.proj_out"),
-    }
-    text_encoder_targets = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 
     def __init__(
         self, name: str, title: str, default_resolution: int, metadata: dict[Prediction, dict[str, str]]
@@ -38,6 +31,13 @@ class StableDiffusion:
         self.title = title
         self.default_resolution = default_resolution
         self.metadata = metadata
+        self.text_encoder_prefixes = {"text_encoder": "lora_te"}
+        self.target_presets: dict[str, tuple[str, ...]] = {
+            "cross-attention": _CROSS_ATTENTION,
+            "attention": _ALL_ATTENTION,
+            "transformer": (*_ALL_ATTENTION, *_FEED_FORWARD, "attentions.*.proj_in", "attentions.*.proj_out"),
+        }
+        self.text_encoder_targets: tuple[str, ...] = _TEXT_ATTENTION
 
     def load(
         self, source: BaseSource, device: torch.device, dtype: torch.dtype, variant: str | None = None
@@ -61,7 +61,7 @@ class StableDiffusion:
                 "the folder must hold unet, vae, text_encoder, tokenizer and scheduler in diffusers format"
             ) from error
 
-    def from_pipeline(self, pipeline: DiffusionPipeline, source: BaseSource, device: torch.device) -> LoadedBase:
+    def from_pipeline(self, pipeline: Any, source: BaseSource, device: torch.device) -> LoadedBase:
         """Return the base made of a pipeline's components, such as one read from a single file."""
         return self._assemble(
             source,
@@ -167,7 +167,7 @@ class StableDiffusion:
         import diffusers
 
         scheduler_class = getattr(diffusers, base.details["generation_scheduler"], diffusers.PNDMScheduler)
-        pipeline = StableDiffusionPipeline(
+        pipeline: Any = StableDiffusionPipeline(
             vae=base.vae,
             text_encoder=base.text_encoders["text_encoder"],
             tokenizer=base.tokenizers["text_encoder"],

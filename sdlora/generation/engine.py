@@ -102,9 +102,7 @@ class Engine:
             if resident.name in weights:
                 raise ConfigError(f"{choice.path}: the same adapter file is named twice; give it once")
             weights[resident.name] = choice.weight
-            used.append(
-                UsedAdapter(Path(choice.path).stem, resident.sha256, resident.tensor_sha256, choice.weight)
-            )
+            used.append(UsedAdapter(Path(choice.path).stem, resident.sha256, resident.tensor_sha256, choice.weight))
         # The adapters of this request were used last, so that only others are let go.
         while len(self._resident) > max(_RESIDENT_ADAPTERS, len(used)):
             _, oldest = self._resident.popitem(last=False)

@@ -44,9 +44,7 @@ class Effect:
 
 
 @torch.no_grad()
-def measure_effect(
-    base: LoadedBase, name: str, examples: Sequence[CachedExample], captions: CaptionRows
-) -> Effect:
+def measure_effect(base: LoadedBase, name: str, examples: Sequence[CachedExample], captions: CaptionRows) -> Effect:
     """Return the effect of the live adapter `name`, on at most four of `examples`."""
     layers = extract_adapter(base, name)
     weights = base_weight_norms(base, list(layers))

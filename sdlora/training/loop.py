@@ -57,7 +57,8 @@ class TrainingLoop:
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
     events: EventLog
-    preview: Callable[..., Sequence[Path]] | None
+    preview: Callable[[str, Path], Sequence[Path]] | None
+    view: ProgressView
     identity: str
     step: int = 0
     examples_seen: int = 0
@@ -87,7 +88,7 @@ class TrainingLoop:
             self.loss_before = self._validate()
         self.base.unet.train()
         bad_steps = 0
-        with ProgressView(steps, first, visible=self.accelerator.is_main_process) as view:
+        with self.view.counting(steps, first):
             while self.step < steps and not self._asked_to_stop(stop):
                 seen_before = self.examples_seen
                 loss, norm = self._optimize()
@@ -95,12 +96,12 @@ class TrainingLoop:
                 bad_steps = 0 if finite else bad_steps + 1
                 self.step += 1
                 if not finite:
-                    self._skip(view, loss, norm, bad_steps)
+                    self._skip(loss, norm, bad_steps)
                     continue
                 elapsed = time.perf_counter() - began
                 eta = elapsed / (self.step - first) * (steps - self.step)
                 rate = (self.examples_seen - seen_before) * (self.step - first) / elapsed
-                view.step(self.step, loss, rate, eta)
+                self.view.step(self.step, loss, rate, eta)
                 self.events.write(
                     "step",
                     step=self.step,
@@ -113,8 +114,8 @@ class TrainingLoop:
                 )
                 self.accelerator.log({"loss": loss, "gradient_norm": norm}, step=self.step)
                 if self.step < steps:
-                    self._periodic(view, folder)
-            return self._finish(view, folder, time.perf_counter() - began)
+                    self._periodic(folder)
+            return self._finish(folder, time.perf_counter() - began)
 
     def _optimize(self) -> tuple[float, float]:
         """One optimizer step over all micro-batches; returns loss and gradient norm before clipping.
@@ -142,7 +143,7 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm
 
-    def _skip(self, view: ProgressView, loss: float, norm: float, in_a_row: int) -> None:
+    def _skip(self, loss: float, norm: float, in_a_row: int) -> None:
         reason = f"loss {loss}, gradient norm {norm}"
         self.events.write("skipped", step=self.step, reason=reason)
         if in_a_row >= _BAD_STEPS_IN_A_ROW and not self._scaler_searching():
@@ -151,13 +152,13 @@ class TrainingLoop:
                 "was not saved; lower optimizer.learning_rate "
                 f"(it is {self.config.optimizer.learning_rate:g}) or use base.precision bf16 or fp32"
             )
-        view.say(f"step {self.step} left out: {reason}")
+        self.view.say(f"step {self.step} left out: {reason}")
 
     def _scaler_searching(self) -> bool:
         """Return whether fp16's loss scale is still being lowered, which skips a few steps by design."""
         return self._scaler.is_enabled() and self._scaler.get_scale() > 1.0
 
-    def _periodic(self, view: ProgressView, folder: Path) -> None:
+    def _periodic(self, folder: Path) -> None:
         """Validation, samples, adapters and checkpoints that fall due after this step."""
         config = self.config
 
@@ -167,14 +168,14 @@ class TrainingLoop:
         if due(config.validation.every_steps):
             self._validate()
         if due(config.samples.every_steps):
-            self._sample(view, folder)
+            self._sample(folder)
         if due(config.output.save_every_steps):
             path = self._save_adapter(folder, f"{config.output.name}-{self.step:06d}")
             self.events.write("checkpoint", step=self.step, adapter=str(path))
         if due(config.training.checkpoint_every_steps):
             self._save_state(folder)
 
-    def _finish(self, view: ProgressView, folder: Path, seconds: float) -> Outcome:
+    def _finish(self, folder: Path, seconds: float) -> Outcome:
         interrupted = self.step < self.config.training.steps
         self.base.unet.eval()
         effect = measure_effect(self.base, ADAPTER, self.examples, self.captions)
@@ -183,7 +184,7 @@ class TrainingLoop:
             self._save_state(folder)
         loss_after = None if interrupted else self._validate()
         if not interrupted:
-            self._sample(view, folder)
+            self._sample(folder)
         self.events.write(
             "done",
             step=self.step,
@@ -242,7 +243,7 @@ class TrainingLoop:
         self.accelerator.log({"validation_loss": loss}, step=self.step)
         return loss
 
-    def _sample(self, view: ProgressView, folder: Path) -> None:
+    def _sample(self, folder: Path) -> None:
         """Sample pictures of this step are written; whatever goes wrong with them never ends the run."""
         if self.preview is None or not self.accelerator.is_main_process:
             return
@@ -250,11 +251,11 @@ class TrainingLoop:
         self.base.unet.eval()
         try:
             target = folder / "samples" / f"step-{self.step:06d}"
-            paths = self.preview(self.base, ADAPTER, self.config.samples, target)
+            paths = self.preview(ADAPTER, target)
             self.events.write("sample", step=self.step, paths=[str(path) for path in paths])
         except Exception as error:  # a picture is worth less than the run
             self.events.write("sample_failed", step=self.step, reason=str(error))
-            view.say(f"samples of step {self.step} failed and are left out: {error}")
+            self.view.say(f"samples of step {self.step} failed and are left out: {error}")
         finally:
             self.base.unet.train(training)
 

@@ -20,7 +20,7 @@ def make_optimizer(
 
     Each group keeps its own full learning rate under "base_lr".
     """
-    groups = []
+    groups: list[dict[str, Any]] = []
     for component, members in parameters.items():
         rate = section.learning_rate if component == "unet" else section.text_encoder_learning_rate
         groups.append({"params": list(members), "lr": rate, "base_lr": rate})
@@ -31,7 +31,7 @@ def make_optimizer(
     }
     if section.kind == "adamw":
         return torch.optim.AdamW(groups, **options), ""
-    device = groups[0]["params"][0].device
+    device = next(iter(parameters.values()))[0].device
     if reason := _why_no_8bit(device):
         note = f"8-bit AdamW is not available here ({reason}); using AdamW in 32 bits"
         return torch.optim.AdamW(groups, **options), note

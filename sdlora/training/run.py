@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from sdlora.adapters.inject import new_adapter
 from sdlora.config import SamplesSection, TrainConfig, require_complete, write_config
@@ -60,12 +60,13 @@ def train(config: TrainConfig, preview: Preview | None = None) -> RunResult:
     require_complete(config)
     folder = Path(config.output.folder).expanduser()
     dataset, held_out = _open_data(config)
-    _claim_folder(folder, config)
-    accelerator = _accelerator(config, folder)
-    main = accelerator.is_main_process
-    events = EventLog(folder / "events.jsonl" if main else None)
+    main = PartialState().is_main_process
     if main:
+        _claim_folder(folder, config)
         write_config(config, folder / "config.toml")
+    PartialState().wait_for_everyone()
+    accelerator = _accelerator(config, folder)
+    events = EventLog(folder / "events.jsonl" if main else None)
     try:
         return _train(config, preview, folder, dataset, held_out, accelerator, events)
     except BaseException as error:
@@ -102,7 +103,7 @@ def _train(
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         base = load_base(config.base, accelerator.device)
-    view = ProgressView(config.training.steps, 0, visible=accelerator.is_main_process)
+    view = ProgressView(visible=accelerator.is_main_process)
     view.say(f"base {base.source.name}: {base.family.title}, {base.dtype} on {base.device}".replace("torch.", ""))
     view.say(dataset.summary())
     with _timed(seconds, "encode"):
@@ -129,7 +130,8 @@ def _train(
         optimizer=optimizer,
         accelerator=accelerator,
         events=events,
-        preview=_filled_preview(config, preview),
+        preview=_sampler(config, base, preview),
+        view=view,
         identity=run_identity(config, base.source.sha256, dataset.fingerprint()),
     )
     if config.training.resume:
@@ -207,16 +209,15 @@ def _encode(
     return examples, validation, captions
 
 
-def _filled_preview(config: TrainConfig, preview: Preview | None) -> Preview | None:
+def _sampler(
+    config: TrainConfig, base: LoadedBase, preview: Preview | None
+) -> Callable[[str, Path], Sequence[Path]] | None:
+    """Return what makes the sample pictures of a live adapter in a folder, triggers filled in."""
     if preview is None:
         return None
     prompts = tuple(fill_trigger(prompt, config.data.trigger) for prompt in config.samples.prompts)
     samples = config.samples.model_copy(update={"prompts": prompts})
-
-    def with_triggers(base: LoadedBase, adapter: str, _: SamplesSection, folder: Path) -> Sequence[Path]:
-        return preview(base, adapter, samples, folder)
-
-    return with_triggers
+    return lambda adapter, folder: preview(base, adapter, samples, folder)
 
 
 @contextmanager
@@ -247,9 +248,3 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         seconds[name] = time.perf_counter() - started
-
-
-def result_json(result: RunResult) -> dict[str, Any]:
-    """Return the result as JSON values."""
-    values = asdict(result)
-    return values | {"adapter": str(result.adapter), "folder": str(result.folder)}

@@ -92,7 +92,10 @@ REFUSED = {
         "holds NaN or infinity",
     ),
     "DoRA": ({**pair(), f"{NAME}.dora_scale": torch.ones(2, 1)}, "is a DoRA adapter"),
-    "Tucker": ({**pair(), f"{NAME}.lora_mid.weight": torch.ones(1, 1)}, "1 tensors that this version does not understand"),
+    "Tucker": (
+        {**pair(), f"{NAME}.lora_mid.weight": torch.ones(1, 1)},
+        "1 tensors that this version does not understand",
+    ),
     "mixed LyCORIS": ({**pair(), "lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "is a LyCORIS adapter"),
     "LyCORIS": ({"lora_unet_conv_in.lokr_w1": torch.ones(1)}, "is a LyCORIS adapter"),
     "bundle": ({**pair(), "bundle_emb.cat.emb_params": torch.ones(1, 4)}, "textual-inversion embedding besides"),

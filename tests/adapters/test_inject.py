@@ -116,9 +116,7 @@ def test_two_adapters_act_as_the_sum_of_their_deltas(tiny_base, make_adapter):
 def test_layers_may_have_ranks_of_their_own(tiny_base, make_adapter):
     base, expected = tiny_base(), tiny_base()
     paths = list(make_adapter(base).layers)
-    layers = {
-        path: make_adapter(base, rank=1 + index % 3, seed=index).layers[path] for index, path in enumerate(paths)
-    }
+    layers = {path: make_adapter(base, rank=1 + index % 3, seed=index).layers[path] for index, path in enumerate(paths)}
     adapter = AdapterFile(layers, "sd1")
     add_adapter(base, "one", adapter)
     set_adapter_weights(base, {"one": 1.0})
@@ -141,8 +139,9 @@ def test_remove_gives_the_very_module_objects_back(tiny_base, make_adapter):
     base = tiny_base()
     before = {name: dict(module.named_modules()) for name, module in base.components()}
     digest, bare = base.weights_sha256(), outputs(base)
-    add_adapter(base, "one", make_adapter(base, seed=1))
-    add_adapter(base, "two", make_adapter(base, seed=2, patterns=("attn2.to_k", "conv_in")))
+    one, two = make_adapter(base, seed=1), make_adapter(base, seed=2, patterns=("attn2.to_k", "conv_in"))
+    add_adapter(base, "one", one)
+    add_adapter(base, "two", two)
     set_adapter_weights(base, {"one": 1.0, "two": 1.0})
     both = outputs(base)
     remove_adapter(base, "one")
@@ -183,8 +182,9 @@ def wrong_adapters(base, make_adapter):
     yield "missing component", changed(good, "text_encoder_2.encoder.layers.0.mlp.fc1", good.layers[linear])
     yield "wrong width", changed(good, linear, LoraLayer(torch.ones(2, 999), torch.ones(32, 2), 1.0))
     yield "wrong kernel", changed(good, conv, LoraLayer(down[..., :1, :1], up, 1.0))
-    yield "kernel on a linear layer", changed(
-        good, linear, LoraLayer(good.layers[linear].down[..., None, None].repeat(1, 1, 3, 3), up[:32], 1.0)
+    yield (
+        "kernel on a linear layer",
+        changed(good, linear, LoraLayer(good.layers[linear].down[..., None, None].repeat(1, 1, 3, 3), up[:32], 1.0)),
     )
     yield "no layer with a weight", changed(good, "unet.mid_block", good.layers[linear])
     norm = LoraLayer(torch.ones(1, 1), torch.ones(32, 1), 1.0)
@@ -213,7 +213,9 @@ def test_the_refusal_names_the_base_that_the_file_names(tiny_base, make_adapter)
     base = tiny_base("sd2")
     adapter = replace(make_adapter(tiny_base("sd1")), metadata={"ss_sd_model_name": "dreamy-v5"})
     with pytest.raises(ModelError, match=r"Stable Diffusion 2\.x.*layers differ.*the file says dreamy-v5"):
-        add_adapter(base, "wrong", replace(adapter, layers={**adapter.layers, "unet.x": next(iter(adapter.layers.values()))}))
+        add_adapter(
+            base, "wrong", replace(adapter, layers={**adapter.layers, "unet.x": next(iter(adapter.layers.values()))})
+        )
 
 
 def test_diffusers_own_loader_gives_the_same_output(tiny_base, tiny_folder, make_adapter, tmp_path):
@@ -325,7 +327,7 @@ def test_extract_write_read_add_gives_the_live_adapters_output(tiny_base, tmp_pa
     assert_same_bits(outputs(other), live)
     assert_different(live, outputs(tiny_base(shape)))
     again = extract_adapter(other, "file")
-    assert {path: layer.alpha for path, layer in again.items()} == {path: 2.0 for path in read.layers}
+    assert {path: layer.alpha for path, layer in again.items()} == dict.fromkeys(read.layers, 2.0)
     assert all(torch.equal(again[p].down, layer.down) for p, layer in read.layers.items())
 
 
@@ -382,5 +384,5 @@ def test_has_float32_adapter(tiny_base, make_adapter):
     base.dtype = torch.bfloat16
     add_adapter(base, "file", make_adapter(base, text_encoder=False))
     assert not has_float32_adapter(base)
-    new_adapter(base, "trained", AdapterSection(rank=1), 0)
+    new_adapter(base, "trained", AdapterSection(rank=1, targets=("ff.net.2",)), 0)
     assert has_float32_adapter(base)

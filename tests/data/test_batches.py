@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,4 +55,4 @@ def test_epochs_and_seeds_differ():
 def test_buckets_are_mixed_within_an_epoch():
     order = BatchOrder([example(64, 64)] * 20 + [example(128, 32)] * 20, 1, 1, 0)
     buckets = [order.batch(i)[0] < 20 for i in range(40)]
-    assert 5 < sum(a != b for a, b in zip(buckets, buckets[1:], strict=False))
+    assert sum(a != b for a, b in pairwise(buckets)) > 5

@@ -74,13 +74,15 @@ def test_non_finite_latents_name_the_picture_and_the_precision(tiny_base, sample
     base = tiny_base()
     with torch.no_grad():
         base.vae.encoder.conv_in.weight.fill_(float("inf"))
-    with pytest.raises(DataError, match=r"0\.png: the VAE gives non-finite latents .* set base\.precision to fp32 or bf16"):
+    with pytest.raises(
+        DataError, match=r"0\.png: the VAE gives non-finite latents .* set base\.precision to fp32 or bf16"
+    ):
         encode_pictures(base, samples, 64)
 
 
 def test_captions_are_encoded_once_each_and_the_empty_one_too(tiny_base):
     base = tiny_base()
-    captions = [f"a picture of {word}" for word in "red blue red green".split()]
+    captions = [f"a picture of {word}" for word in ["red", "blue", "red", "green"]]
     rows = encode_captions(base, captions, batch_size=2)
     assert set(rows) == {*captions, ""}
     for text, conditioning in rows.items():

@@ -67,7 +67,9 @@ def test_pictures_without_caption_are_an_error_that_counts_them(tmp_path):
     caption(picture(tmp_path / "a.png").with_suffix(".txt"), "x")
     picture(tmp_path / "b.png")
     picture(tmp_path / "c.png")
-    with pytest.raises(DataError, match=r"b\.png: has no caption file \(b\.txt\), and 1 other pictures have none; write"):
+    with pytest.raises(
+        DataError, match=r"b\.png: has no caption file \(b\.txt\), and 1 other pictures have none; write"
+    ):
         open_dataset(DataSection(folder=str(tmp_path)))
 
 
@@ -170,7 +172,9 @@ def test_a_truncated_jpeg_is_named(tmp_path):
     Image.fromarray(noise).save(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=r"a\.jpg: cannot be read as a picture \(image file is truncated.*replace or remove"):
+    with pytest.raises(
+        DataError, match=r"a\.jpg: cannot be read as a picture \(image file is truncated.*replace or remove"
+    ):
         read_picture(tmp_path / "a.jpg")
 
 

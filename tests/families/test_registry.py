@@ -1,0 +1,312 @@
+import json
+import shutil
+from pathlib import Path
+
+import ldm_layout
+import pytest
+import torch
+from PIL import ImageChops
+from safetensors.torch import load_file, save_file
+
+from sdlora.assets import TINY_SD
+from sdlora.config import BaseSection
+from sdlora.errors import FormatError, ModelError
+from sdlora.families.registry import detect_family, find_base, load_base
+from sdlora.families.sd import SD1, SD2
+from sdlora.families.tiny import tiny_pipeline
+from sdlora.generation.engine import Engine
+from sdlora.generation.request import make_request
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+def load(path, **section):
+    return load_base(BaseSection(path=str(path), precision="fp32", **section), "cpu")
+
+
+def refusal(path, **section) -> str:
+    with pytest.raises((ModelError, FormatError)) as caught:
+        load(path, **section)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    return str(caught.value)
+
+
+@pytest.fixture
+def copy(tiny_folder, tmp_path) -> Path:
+    """A copy of the tiny SD 1.x folder that a test may damage."""
+    return Path(shutil.copytree(tiny_folder("sd1"), tmp_path / "base"))
+
+
+# --- folders -----------------------------------------------------------------------------------------
+
+
+def test_tiny_is_the_base_that_ships():
+    assert find_base(BaseSection(path="tiny")) == TINY_SD
+    assert detect_family(TINY_SD) is SD1
+
+
+@pytest.mark.parametrize(("shape", "family"), [("sd1", SD1), ("sd2", SD2)])
+def test_the_family_of_a_folder_is_told_from_its_unet(tiny_folder, shape, family):
+    assert detect_family(tiny_folder(shape)) is family
+
+
+def test_sdxl_is_refused_by_name(tiny_folder):
+    assert "is a Stable Diffusion XL base, which this version does not support yet" in refusal(tiny_folder("sdxl"))
+
+
+def test_a_folder_is_loaded_with_its_own_weights(tiny_folder):
+    folder = tiny_folder("sd1")
+    base = load(folder)
+    assert base.source.name == str(folder)
+    for component, file in (("unet", UNET), ("vae", VAE), ("text_encoder", TEXT)):
+        stored = load_file(folder / file)
+        live = {
+            key.removeprefix("text_model."): value
+            for key, value in dict(base.components())[component].state_dict().items()
+        }
+        assert all(torch.equal(live[key.removeprefix("text_model.")], value) for key, value in stored.items())
+
+
+def test_the_bases_hash_follows_the_weights_that_are_loaded_and_nothing_else(copy):
+    digest = load(copy).source.sha256
+    (copy / "safety_checker").mkdir()
+    save_file({"w": torch.ones(1)}, copy / "safety_checker" / "model.safetensors")
+    save_file({"w": torch.ones(1)}, copy / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert load(copy).source.sha256 == digest
+    weights = load_file(copy / UNET)
+    weights["conv_in.bias"] += 1
+    save_file(weights, copy / UNET, {"format": "pt"})
+    assert load(copy).source.sha256 != digest
+
+
+def test_a_variant_is_loaded_from_its_own_files(copy):
+    for file in (UNET, VAE, TEXT):
+        weights = {key: value * 2 if "conv_in" in key else value for key, value in load_file(copy / file).items()}
+        stem, suffix = file.rsplit(".", 1)
+        save_file(weights, copy / f"{stem}.fp16.{suffix}", {"format": "pt"})
+    plain, variant = load(copy), load(copy, variant="fp16")
+    assert torch.equal(variant.unet.conv_in.weight, plain.unet.conv_in.weight * 2)
+    assert variant.source.sha256 != plain.source.sha256
+    assert "holds no unet/*model.bf16.safetensors" in refusal(copy, variant="bf16")
+
+
+def test_old_attention_names_of_the_vae_are_read(copy):
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    expected = load(copy).vae.state_dict()
+    weights = {}
+    for key, value in load_file(copy / VAE).items():
+        for new, old in names.items():
+            key = key.replace(f"mid_block.attentions.0.{new}", f"mid_block.attentions.0.{old}")
+        weights[key] = value
+    assert any(".query." in key for key in weights)
+    save_file(weights, copy / VAE, {"format": "pt"})
+    live = load(copy).vae.state_dict()
+    assert set(live) == set(expected)
+    assert all(torch.equal(live[key], expected[key]) for key in expected)
+
+
+def test_precision_is_that_of_the_section(tiny_folder):
+    base = load_base(BaseSection(path=str(tiny_folder("sd1")), precision="bf16"), "cpu")
+    assert base.dtype == base.unet.dtype == base.vae.dtype == base.text_encoders["text_encoder"].dtype == torch.bfloat16
+    assert load_base(BaseSection(path=str(tiny_folder("sd1"))), "cpu").dtype == torch.float32
+
+
+# --- what is no base ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("", "no base is named"),
+        ("no/such/folder", "there is no such file or folder; --base takes tiny, a diffusers folder"),
+        ("./missing", "there is no such file or folder"),
+        ("~nobody-of-this-name/base", "there is no such file or folder"),
+        ("C:\\models\\base", "there is no such file or folder"),
+        ("models/base.safetensors", "there is no such file"),
+        ("stabiltyai/sd-15", "is not in the Hugging Face cache, and HF_HUB_OFFLINE is set; go online once"),
+        ("owner/na..me", "neither an existing file or folder nor a Hugging Face id"),
+        ("owner/name.git", "neither an existing file or folder nor a Hugging Face id"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused_without_network(path, sentence):
+    assert sentence in refusal(path)
+
+
+def test_an_empty_folder_and_one_with_other_things(tmp_path):
+    assert "is not a diffusers model folder (it has no unet/config.json; it is empty)" in refusal(tmp_path)
+    (tmp_path / "cat.png").write_bytes(b"")
+    assert "it holds cat.png); name the folder that holds model_index.json" in refusal(tmp_path)
+
+
+def drop_weight(path: Path) -> None:
+    weights = load_file(path)
+    del weights[sorted(weights)[len(weights) // 2]]
+    save_file(weights, path, {"format": "pt"})
+
+
+def halve(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+def test_a_missing_weight_is_never_made_up(copy, file):
+    drop_weight(copy / file)
+    assert f"{Path(file).parent}: lacks 1 weights, such as " in refusal(copy)
+
+
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+def test_a_truncated_weight_file_is_named(copy, file):
+    halve(copy / file)
+    assert f"{copy / file}: is truncated or damaged" in refusal(copy)
+
+
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+def test_pickles_are_not_opened(copy, file):
+    pickled = "pytorch_model.bin" if file == TEXT else "diffusion_pytorch_model.bin"
+    torch.save(load_file(copy / file), (copy / file).with_name(pickled))
+    (copy / file).unlink()
+    assert "sdlora reads only safetensors, since pickles could run code when opened" in refusal(copy)
+
+
+def test_a_missing_tokenizer_scheduler_or_vae_is_named(copy):
+    shutil.move(copy / "tokenizer", copy / "kept")
+    assert "its folder 'tokenizer' is missing or incomplete" in refusal(copy)
+    shutil.move(copy / "kept", copy / "tokenizer")
+    shutil.move(copy / "scheduler", copy / "kept")
+    assert "scheduler_config.json" in refusal(copy)
+    shutil.move(copy / "kept", copy / "scheduler")
+    shutil.rmtree(copy / "vae")
+    assert "holds no vae/" in refusal(copy)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null"])
+def test_a_broken_unet_config_is_named(copy, text):
+    (copy / "unet" / "config.json").write_text(text)
+    assert str(copy / "unet" / "config.json") in refusal(copy)
+
+
+def test_an_inpainting_base_is_named(copy):
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    weights = load_file(copy / UNET)
+    weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"]] * 2 + [weights["conv_in.weight"][:, :1]], dim=1)
+    save_file(weights, copy / UNET, {"format": "pt"})
+    (copy / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
+    assert "its UNet takes 9 channels (an inpainting or edit model)" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (["lora_unet_conv_in.lora_up.weight"], "is an adapter (LoRA), not a base; give it as --adapter"),
+        (["unet.conv_in.lora_A.weight"], "is an adapter (LoRA), not a base"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "holds no VAE; use the full checkpoint"),
+        (
+            ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"],
+            "holds no text encoder; use the full checkpoint",
+        ),
+        (["conditioner.embedders.1.model.ln_final.weight"], "is a Stable Diffusion XL checkpoint"),
+        (["cond_stage_model.model.ln_final.weight"], "is a Stable Diffusion 2.x checkpoint"),
+        (["emb_params"], "holds no Stable Diffusion checkpoint (1 tensors, such as 'emb_params')"),
+        ([], "holds no Stable Diffusion checkpoint (0 tensors, such as 'none')"),
+    ],
+)
+def test_a_file_that_is_no_base_is_told_from_its_header(tmp_path, keys, sentence):
+    path = tmp_path / "a.safetensors"
+    save_file({key: torch.ones(1) for key in keys}, path)
+    assert sentence in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.bin", "a.pth"])
+def test_a_pickle_checkpoint_is_refused_by_name(tmp_path, name):
+    torch.save({}, tmp_path / name)
+    assert "is a pickle checkpoint, which could run code when opened" in refusal(tmp_path / name)
+
+
+def test_a_pickle_under_another_name_is_refused(tmp_path):
+    torch.save({}, tmp_path / "a.safetensors")
+    assert "is a pickle or zip archive" in refusal(tmp_path / "a.safetensors")
+
+
+# --- single files ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    ldm_layout.write_checkpoint(tiny_pipeline("sd1"), tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+def test_the_layout_is_the_original_one(checkpoint):
+    keys = set(load_file(checkpoint))
+    assert {
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.input_blocks.2.0.op.weight",
+        "model.diffusion_model.middle_block.1.proj_in.weight",
+        "model.diffusion_model.output_blocks.1.1.conv.weight",
+        "first_stage_model.encoder.down.0.downsample.conv.weight",
+        "first_stage_model.decoder.up.3.block.0.conv1.weight",
+        "first_stage_model.decoder.mid.attn_1.proj_out.weight",
+        "first_stage_model.quant_conv.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight",
+    } <= keys
+
+
+def test_a_single_file_has_the_folders_weights_and_pictures(checkpoint, tiny_folder):
+    folder = tiny_folder("sd1")
+    single, whole = load(checkpoint, config=str(folder)), load(folder)
+    assert single.family is SD1
+    assert single.prediction == "epsilon"
+    assert single.resolution == whole.resolution
+    assert single.weights_sha256() == whole.weights_sha256()
+    request = make_request(prompt="a red ball", negative_prompt="blue", seed=5, steps=3)
+    ((one, recipe),) = Engine(single).generate(request)
+    ((other, reference),) = Engine(whole).generate(request)
+    assert ImageChops.difference(one, other).getbbox() is None
+    assert recipe.base == "tiny"
+    assert recipe.scheduler_config == reference.scheduler_config
+
+
+def test_a_tokenizer_beside_the_checkpoint_is_found(checkpoint, tiny_folder, tmp_path):
+    config = tmp_path / "config"
+    shutil.copytree(tiny_folder("sd1"), config, ignore=shutil.ignore_patterns("tokenizer", "*.safetensors"))
+    assert "a checkpoint holds no tokenizer and none was found beside it" in refusal(checkpoint, config=str(config))
+    shutil.copytree(TINY_SD / "tokenizer", checkpoint.parent / "tokenizer")
+    base = load(checkpoint, config=str(config))
+    assert (
+        base.tokenizers["text_encoder"]("a red ball").input_ids
+        == load("tiny").tokenizers["text_encoder"]("a red ball").input_ids
+    )
+
+
+def test_a_tokenizer_named_by_the_user_is_used_or_refused(checkpoint, tiny_folder, tmp_path):
+    folder = str(tiny_folder("sd1"))
+    assert load(checkpoint, config=folder, tokenizer=str(TINY_SD / "tokenizer")).tokenizers
+    assert "base.tokenizer:" in refusal(checkpoint, config=folder, tokenizer=str(tmp_path))
+    assert "base.tokenizer:" in refusal(checkpoint, config=folder, tokenizer="./no/such/folder")
+    assert "base.tokenizer:" in refusal(checkpoint, config=folder, tokenizer="owner/tokenizer")
+
+
+def test_another_architecture_than_the_config_says_is_refused(checkpoint, tiny_folder, tmp_path):
+    assert "a checkpoint of another size needs base.config" in refusal(checkpoint, tokenizer=str(TINY_SD / "tokenizer"))
+    assert "base.config must be a diffusers folder" in refusal(checkpoint, config=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.middle_block.1.proj_in.weight",
+        "first_stage_model.decoder.mid.attn_1.q.weight",
+        "first_stage_model.decoder.up.3.block.0.conv1.bias",
+        "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight",
+    ],
+)
+def test_a_checkpoint_that_lacks_a_weight_is_refused(checkpoint, tiny_folder, key):
+    weights = load_file(checkpoint)
+    del weights[key]
+    save_file(weights, checkpoint)
+    assert "lacks some of the model's weights" in refusal(checkpoint, config=str(tiny_folder("sd1")))

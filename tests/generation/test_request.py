@@ -1,0 +1,65 @@
+import pytest
+
+from sdlora.errors import ConfigError, FormatError
+from sdlora.generation.request import SEED_LIMIT, Recipe, make_request
+
+
+def test_defaults():
+    request = make_request(prompt="x")
+    assert (request.seed, request.count, request.steps, request.guidance_scale) == (0, 1, 25, 7.5)
+    assert (request.width, request.height, request.adapters) == (0, 0, ())
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({}, "prompt is not given"),
+        ({"prompt": "x", "steps": 0}, "steps is 0; input should be greater than 0"),
+        ({"prompt": "x", "steps": 1001}, "steps is 1001"),
+        ({"prompt": "x", "count": 0}, "count is 0"),
+        ({"prompt": "x", "seed": -1}, "seed is -1"),
+        ({"prompt": "x", "seed": SEED_LIMIT}, f"seed is {SEED_LIMIT}"),
+        ({"prompt": "x", "seed": SEED_LIMIT - 1, "count": 2}, "seed + count must not exceed 4294967296"),
+        ({"prompt": "x", "width": 100}, "width is 100; input should be a multiple of 8"),
+        ({"prompt": "x", "height": 5000}, "height is 5000"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"prompt": "x", "guidance_scale": -1}, "guidance_scale is -1"),
+        ({"prompt": 5}, "prompt is 5; input should be a valid string"),
+        ({"prompt": "x", "stps": 5}, "unknown key stps; did you mean steps?"),
+        ({"prompt": "x", "adapters": [{"path": "a", "weight": 11}]}, "adapters.0.weight is 11"),
+        ({"prompt": "x", "adapters": [{"path": "a", "weight": float("inf")}]}, "adapters.0.weight is inf"),
+        ({"prompt": "x", "adapters": [{"path": "a"}, {"path": "a"}]}, "the same adapter is named twice"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_one_sentence(values, sentence):
+    with pytest.raises(ConfigError) as caught:
+        make_request(**values)
+    message = str(caught.value)
+    assert message.startswith("request: ")
+    assert sentence in message
+    assert "\n" not in message
+    assert len(message) < 300
+
+
+def test_all_problems_come_at_once():
+    with pytest.raises(ConfigError, match=r"seed is -1.*; steps is 0"):
+        make_request(prompt="x", seed=-1, steps=0)
+
+
+def test_a_recipe_comes_back_from_its_json(recipe):
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert Recipe.from_json(recipe.to_json()).to_json() == recipe.to_json()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{}", "hello", '{"adapters": 5}', '{"adapters": ["x"]}', "[" * 100_000]
+)
+def test_what_is_no_recipe_is_refused(text):
+    with pytest.raises(FormatError, match="not a recipe of sdlora"):
+        Recipe.from_json(text)
+
+
+def test_a_recipe_that_is_cut_off_or_lacks_a_key_is_refused(recipe):
+    for text in (recipe.to_json()[:-9], recipe.to_json().replace('"seed"', '"sed"')):
+        with pytest.raises(FormatError, match="not a recipe of sdlora"):
+            Recipe.from_json(text)

@@ -1,0 +1,90 @@
+"""The documents are true: settings as in the code, commands that parse, links that lead somewhere.
+
+`python tests/test_docs.py` writes the table of settings into docs/training.md again.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sdlora.cli.generate import _parser as generate_parser
+from sdlora.cli.train import parse_arguments
+from sdlora.config import TrainConfig, field_descriptions, require_complete
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "datasets" / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+]
+
+
+def settings_table() -> str:
+    defaults = TrainConfig()
+    lines = ["| setting | default | |", "|---|---|---|"]
+    for key, description in field_descriptions().items():
+        section, _, field = key.partition(".")
+        value = getattr(getattr(defaults, section), field)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        lines.append(f"| `{key}` | {shown} | {description} |")
+    return "\n".join(lines)
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The sdlora command lines shown in a document, as words."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(
+        r"^    (?:.*?)((?:sdlora (?:train|generate|app)|accelerate launch train/train_lora\.py) .*)$", text, re.M
+    )
+    return [shlex.split(re.split(r"\s{4,}", line)[0]) for line in lines]
+
+
+ALL_COMMANDS = [(document.name, words) for document in DOCUMENTS for words in commands(document)]
+
+
+def test_the_table_of_settings_is_the_code() -> None:
+    assert settings_table() in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(ALL_COMMANDS) >= 6
+
+
+@pytest.mark.parametrize(("document", "words"), ALL_COMMANDS)
+def test_commands_shown_are_understood(document: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    if words[:2] == ["sdlora", "generate"]:
+        generate_parser().parse_args(words[2:])
+    elif words[:2] == ["sdlora", "train"] or words[0] == "accelerate":
+        arguments = words[2:] if words[0] == "sdlora" else words[3:]
+        if arguments[1:2] != ["run.toml"]:
+            require_complete(parse_arguments(arguments))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_named_in_documents_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:docs|train|benchmarks|datasets|sdlora/assets)/[\w./-]+\.(?:md|py|toml|png)\b", text))
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+    assert "@" not in re.sub(r"`[^`]*`|```.*?```", "", text, flags=re.S) or document.name != "README.md"
+
+
+def test_the_example_configuration_is_complete() -> None:
+    require_complete(parse_arguments(["--config", str(ROOT / "train" / "example.toml")]))
+
+
+if __name__ == "__main__":
+    path = ROOT / "docs" / "training.md"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(
+        re.sub(
+            r"@SETTINGS@|\| setting \| default.*?\n(?=\n)", lambda _: settings_table() + "\n", text, count=1, flags=re.S
+        ).replace("|\n\n\n", "|\n\n"),
+        encoding="utf-8",
+    )
