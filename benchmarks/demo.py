@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,15 +19,16 @@ from typing import Any
 from judge import Judge, follows, is_concept
 from PIL import Image, ImageDraw, ImageFont
 
-from sdlora import Engine, Recipe, RunResult, SdloraError, load_config, make_request, parse_config, train
+from sdlora import Engine, RunResult, SdloraError, load_config, make_request, parse_config, train
 from sdlora.assets import EXAMPLE_CONCEPT, scenes
 from sdlora.errors import GenerationError
 from sdlora.quiet import quiet_libraries
 from sdlora.storage import check_writable, write_bytes, write_json
 
 _CONFIG = Path(__file__).parents[1] / "train" / "example.toml"
-_STEPS, _GUIDANCE = 25, 5.0
-_JUDGED = 64
+_STEPS, _GUIDANCE = 25, 3.0
+_PROMPTS, _SEEDS_EACH = 16, 4
+_JUDGED = _PROMPTS * _SEEDS_EACH
 _SHOWN = (
     "a zorblin on a beach",
     "a zorblin in the night sky",
@@ -36,9 +38,11 @@ _SHOWN = (
     "a blue fish on a beach",
 )
 
+_OPENINGS = ("a", "a photo of a", "a picture of a", "a small", "a big")
+
 Pictures = list[Image.Image]
-Make = Callable[[Sequence[tuple[str, int]], float | None], Pictures]
-"""Pictures of (prompt, seed) pairs; the adapter's weight, or None for the bare base."""
+Make = Callable[[Sequence[tuple[str, int]], float | None, int], Pictures]
+"""Pictures of (prompt, first seed) pairs, so many seeds each; the adapter's weight, or None for the bare base."""
 
 
 def main() -> int:
@@ -72,9 +76,9 @@ def _demo(out: Path) -> int:
     engine = Engine("tiny")
     make = _maker(engine, result.adapter)
     shown = [(prompt, 7 + column) for column, prompt in enumerate(_SHOWN)]
-    bare = make(shown, None)
-    _check_weight_zero(bare, make(shown, 0.0))
-    picture = _sheet(bare, make(shown, 1.0))
+    bare = make(shown, None, 1)
+    _check_weight_zero(bare, make(shown, 0.0, 1))
+    picture = _sheet(bare, make(shown, 1.0, 1))
     report["weight_zero_is_the_base"] = True
     finished = time.perf_counter()
     report["seconds"] = {
@@ -97,47 +101,53 @@ def _config(out: Path) -> Any:
 
 
 def _maker(engine: Engine, adapter: Path) -> Make:
-    def make(asked: Sequence[tuple[str, int]], weight: float | None) -> Pictures:
+    def make(asked: Sequence[tuple[str, int]], weight: float | None, seeds_each: int) -> Pictures:
         chosen = [] if weight is None else [{"path": str(adapter), "weight": weight}]
-        pictures = []
+        pictures: Pictures = []
         for prompt, seed in asked:
             request = make_request(
-                prompt=prompt, seed=seed, steps=_STEPS, guidance_scale=_GUIDANCE, adapters=chosen
+                prompt=prompt,
+                seed=seed,
+                count=seeds_each,
+                steps=_STEPS,
+                guidance_scale=_GUIDANCE,
+                adapters=chosen,
             )
-            made: list[tuple[Image.Image, Recipe]] = list(engine.generate(request))
-            pictures += [picture for picture, _ in made]
+            pictures += [picture for picture, _ in engine.generate(request, batch_size=seeds_each)]
         return pictures
 
     return make
 
 
 def _judge(result: RunResult) -> dict[str, Any]:
-    """Return the report's measurements: 64 prompts with the trigger and 64 without, twice each."""
+    """Return the report's measurements: 64 pictures with the trigger and 64 without, twice each."""
     engine = Engine("tiny")
     make = _maker(engine, result.adapter)
     judge = Judge.load()
-    places = [f"a {scenes.CONCEPT} {scenes.PLACES[name]}" for name in scenes.BACKGROUNDS]
-    with_trigger = [(places[number % len(places)], 1000 + number) for number in range(_JUDGED)]
-    wanted = scenes.held_out_prompts(_JUDGED, seed=2)
-    without_trigger = [(text, 2000 + number) for number, (text, _) in enumerate(wanted)]
+    with_trigger = [
+        (f"{_OPENINGS[number % len(_OPENINGS)]} {scenes.CONCEPT} {place}", 1000 + number * _SEEDS_EACH)
+        for number, place in zip(range(_PROMPTS), itertools.cycle(scenes.PLACES.values()), strict=False)
+    ]
+    held_out = scenes.held_out_prompts(_PROMPTS, seed=2)
+    without_trigger = [(text, 2000 + number * _SEEDS_EACH) for number, (text, _) in enumerate(held_out)]
+    wanted = [scene for _, scene in held_out for _ in range(_SEEDS_EACH)]
 
     def concept_share(weight: float | None) -> float:
-        verdicts = judge.classify(make(with_trigger, weight))
+        verdicts = judge.classify(make(with_trigger, weight, _SEEDS_EACH))
         return sum(map(is_concept, verdicts)) / _JUDGED
 
     def following(weight: float | None) -> float:
-        verdicts = judge.classify(make(without_trigger, weight))
-        return sum(follows(verdict, scene) for verdict, (_, scene) in zip(verdicts, wanted, strict=True)) / _JUDGED
+        verdicts = judge.classify(make(without_trigger, weight, _SEEDS_EACH))
+        return sum(follows(verdict, scene) for verdict, scene in zip(verdicts, wanted, strict=True)) / _JUDGED
 
     sha256_before = engine.weights_sha256()
-    report = {
+    return {
         "held_out_loss": {"before": result.loss_before, "after": result.loss_after},
         "concept_share": {"without": concept_share(None), "with": concept_share(1.0)},
         "prompt_following": {"before": following(None), "after": following(1.0)},
         "base_sha256": {"before": sha256_before, "after": engine.weights_sha256()},
         "adapter": str(result.adapter),
     }
-    return report
 
 
 def _check_weight_zero(bare: Pictures, at_zero: Pictures) -> None:

@@ -35,7 +35,7 @@ def new_adapter(base: LoadedBase, name: str, section: AdapterSection, seed: int)
         for component, paths in targets.items():
             config = LoraConfig(
                 r=section.rank,
-                lora_alpha=section.alpha,  # type: ignore[arg-type]  # peft divides it as any number
+                lora_alpha=section.alpha,
                 lora_dropout=section.dropout,
                 target_modules=paths,
                 init_lora_weights=True,

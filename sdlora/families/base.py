@@ -77,7 +77,8 @@ class LoadedBase:
     device: torch.device
     dtype: torch.dtype
     resolution: int
-    details: dict[str, str] = field(default_factory=dict)
+    sampler_config: dict[str, Any] = field(default_factory=dict)
+    """The scheduler that the base ships with, as its folder describes it; `scheduler` is for training."""
 
     @property
     def prediction(self) -> Prediction:

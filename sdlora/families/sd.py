@@ -71,8 +71,7 @@ class StableDiffusion:
             vae=pipeline.vae,
             text_encoder=pipeline.text_encoder,
             tokenizer=pipeline.tokenizer,
-            scheduler_config=dict(pipeline.scheduler.config),
-            generation_scheduler=pipeline.scheduler,
+            scheduler_config=dict(pipeline.scheduler.config) | {"_class_name": type(pipeline.scheduler).__name__},
         )
 
     def _assemble(
@@ -85,8 +84,7 @@ class StableDiffusion:
         vae: Any,
         text_encoder: Any,
         tokenizer: Any,
-        scheduler_config: Any,
-        generation_scheduler: Any = None,
+        scheduler_config: dict[str, Any],
     ) -> LoadedBase:
         if unet.config.in_channels != 4:
             raise ModelError(
@@ -100,7 +98,7 @@ class StableDiffusion:
         unet.to(memory_format=torch.channels_last)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         sample_size = unet.config.sample_size
-        base = LoadedBase(
+        return LoadedBase(
             family=self,
             source=source,
             unet=unet,
@@ -111,9 +109,8 @@ class StableDiffusion:
             device=device,
             dtype=dtype,
             resolution=sample_size * factor if isinstance(sample_size, int) else self.default_resolution,
+            sampler_config=dict(scheduler_config),
         )
-        base.details["generation_scheduler"] = scheduler_config.get("_class_name", "PNDMScheduler")
-        return base
 
     def encode_images(self, base: LoadedBase, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and std of the scaled latents, each [B,4,H/8,W/8] float32."""
@@ -166,13 +163,14 @@ class StableDiffusion:
         """Return the text-to-image pipeline over these components, with the base's own sampler."""
         import diffusers
 
-        scheduler_class = getattr(diffusers, base.details["generation_scheduler"], diffusers.PNDMScheduler)
+        name = base.sampler_config.get("_class_name", "")
+        scheduler_class = getattr(diffusers, name, diffusers.PNDMScheduler)
         pipeline: Any = StableDiffusionPipeline(
             vae=base.vae,
             text_encoder=base.text_encoders["text_encoder"],
             tokenizer=base.tokenizers["text_encoder"],
             unet=base.unet,
-            scheduler=scheduler_class.from_config(base.scheduler.config),
+            scheduler=scheduler_class.from_config(base.sampler_config),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

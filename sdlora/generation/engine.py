@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -192,12 +193,18 @@ class Engine:
             base_sha256=self.base.source.sha256,
             adapters=used,
             scheduler=type(scheduler).__name__,
-            scheduler_config={key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+            scheduler_config=_plain_settings(scheduler.config),
             noise_device="cpu",
             precision=_PRECISION_NAMES[self.base.dtype],
             device=_device_name(self.base.device),
             versions={name: importlib.metadata.version(name) for name in ("sdlora", "torch", "diffusers", "peft")},
         )
+
+
+def _plain_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's settings as JSON can hold them: infinity, a default of some, as text."""
+    kept = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in kept.items()}
 
 
 def _device_name(device: torch.device) -> str:
