@@ -46,7 +46,7 @@ Make = Callable[[Sequence[tuple[str, int]], float | None, int], Pictures]
 
 
 def main() -> int:
-    """Run the demo; returns 0 when every promise was kept."""
+    """Run the demo; returns the exit status. What the judge found is in report.json, good or bad."""
     parser = argparse.ArgumentParser(description="Train on the example concept and show what it learned.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results")
     out = parser.parse_args().out.expanduser().resolve()

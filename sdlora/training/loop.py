@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -83,6 +85,8 @@ class TrainingLoop:
         steps = self.config.training.steps
         first = self.step
         began = time.perf_counter()
+        if self.base.device.type == "cpu":
+            _keep_freed_memory()
         self._announce(first)
         if self.loss_before is None:
             self.loss_before = self._validate()
@@ -276,3 +280,15 @@ class TrainingLoop:
             return stop.is_set()
         flag: Any = torch.tensor(float(stop.is_set()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def _keep_freed_memory() -> None:
+    """What one step frees is there for the next, instead of being mapped, zeroed and returned every time.
+
+    Without it page faults are an eighth of an SD 1.5 step on a CPU. Of glibc only (mallopt(3)).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold, trim_threshold = -3, -1
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
