@@ -37,7 +37,7 @@ def settings_table() -> str:
 
 def commands(document: Path) -> list[list[str]]:
     """The sdlora command lines shown in a document, as words."""
-    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = re.sub(r"\s*\\\n\s*", " ", document.read_text(encoding="utf-8"))
     lines = re.findall(
         r"^    (?:.*?)((?:sdlora (?:train|generate|app)|accelerate launch train/train_lora\.py) .*)$", text, re.M
     )

@@ -106,7 +106,7 @@ def learning_rate_share(plan: StagePlan, step: int) -> float:
 @torch.no_grad()
 def update_average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the model's."""
-    old = list(averaged.parameters())
+    old: list[torch.Tensor] = list(averaged.parameters())
     torch._foreach_lerp_(old, list(model.parameters()), 1.0 - decay)
     for kept, fresh in zip(averaged.buffers(), model.buffers(), strict=True):
         kept.copy_(fresh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ def _complete(folder: Path, tokenizer: CLIPTokenizer) -> None:
     write_vocabulary(folder / "tokenizer", tokenizer)
 
 
-def _half_copy(module: nn.Module) -> nn.Module:
+def _half_copy(module: Any) -> nn.Module:
     """Return a float16 copy with contiguous weights (channels-last ones are not saved as such)."""
     fresh = (
         module.__class__(module.config)

@@ -6,6 +6,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tiny_loop import LossOfStep, StepRandom
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdlora.assets import scenes
 
@@ -114,7 +115,7 @@ def vae_loss(
     known = np.load(folder / "pictures.npy", mmap_mode="r")
     wild = np.load(folder / "wild.npy", mmap_mode="r")
 
-    def loss_of_step(model: nn.Module, random: StepRandom) -> tuple[Tensor, dict[str, float]]:
+    def loss_of_step(model: Any, random: StepRandom) -> tuple[Tensor, dict[str, float]]:
         rows = [_any_picture(known, wild, random.numpy) for _ in range(batch_size)]
         pixels = to_pixels(np.stack(rows), device)
         with torch.autocast(device.type, torch.bfloat16):
