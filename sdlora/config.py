@@ -124,7 +124,7 @@ class TrainingSection(Section):
     min_snr_gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
     """Weighs timesteps by signal-to-noise ratio, capped here (Hang et al. 2023); 0: plain loss."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Compute activations again in the backward pass: less memory, more time."""
     checkpoint_every_steps: Count = 0
     """Save the whole training state this often, to resume from; 0: only at Ctrl-C."""
     resume: bool = False

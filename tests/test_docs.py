@@ -59,11 +59,13 @@ def test_there_are_commands_to_check() -> None:
 def test_commands_shown_are_understood(document: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     if words[:2] == ["sdlora", "generate"]:
-        generate_parser().parse_args(words[2:])
+        assert generate_parser().parse_args(words[2:]).prompt
     elif words[:2] == ["sdlora", "train"] or words[0] == "accelerate":
         arguments = words[2:] if words[0] == "sdlora" else words[3:]
         if arguments[1:2] != ["run.toml"]:
-            require_complete(parse_arguments(arguments))
+            config = parse_arguments(arguments)
+            require_complete(config)
+            assert config.output.folder.startswith("runs/")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -76,7 +78,9 @@ def test_files_named_in_documents_exist(document: Path) -> None:
 
 
 def test_the_example_configuration_is_complete() -> None:
-    require_complete(parse_arguments(["--config", str(ROOT / "train" / "example.toml")]))
+    config = parse_arguments(["--config", str(ROOT / "train" / "example.toml")])
+    require_complete(config)
+    assert (ROOT / config.data.folder).is_dir() and (ROOT / config.validation.folder).is_dir()
 
 
 if __name__ == "__main__":
