@@ -201,8 +201,6 @@ def _explained(error: Exception) -> SdloraError:
     """Return the failure as one sentence. The traceback of one that no user can mend goes to the terminal."""
     if isinstance(error, SdloraError):
         return type(error)(str(error))
-    if type(error).__name__ == "OutOfMemoryError":
-        return GenerationError("the GPU's memory is too small for this picture; choose a smaller width or height")
     traceback.print_exception(error)
     detail = (str(error).strip().splitlines() or ["no details"])[0][:200]
     return GenerationError(f"something failed inside ({type(error).__name__}: {detail}); the terminal shows where")

@@ -26,7 +26,7 @@ from sdlora.quiet import quiet_libraries
 from sdlora.storage import check_writable, write_bytes, write_json
 
 _CONFIG = Path(__file__).parents[1] / "train" / "example.toml"
-_STEPS, _GUIDANCE = 25, 3.0
+_STEPS, _GUIDANCE = 15, 3.0
 _PROMPTS, _SEEDS_EACH = 16, 4
 _JUDGED = _PROMPTS * _SEEDS_EACH
 _SHOWN = (
@@ -95,6 +95,7 @@ def _demo(out: Path) -> int:
 def _config(out: Path) -> Any:
     values = load_config(_CONFIG)
     values["data"]["folder"] = str(EXAMPLE_CONCEPT / "train")
+    values["data"]["prior_folder"] = str(EXAMPLE_CONCEPT / "others")
     values["validation"]["folder"] = str(EXAMPLE_CONCEPT / "held-out")
     values["output"] |= {"folder": str(out), "overwrite": True}
     return parse_config(values, str(_CONFIG))

@@ -175,14 +175,8 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _job_options(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One measured run; generate.py starts it.")
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--precision", required=True)
-    parser.add_argument("--pixels", type=int, required=True)
-    parser.add_argument("--pictures", type=int, required=True)
-    parser.add_argument("--denoising-steps", type=int, required=True)
-    parser.add_argument("--started", type=float, default=time.time())
-    return parser.parse_args(words)
+    number = {"type": int, "required": True}
+    return machine.job_options("generate.py", words, pictures=number, **{"denoising-steps": number})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python benchmarks/judge.py evaluate    score the tiny base on prompts that it was never trained on
 
 The judge measures and never teaches: no training loss uses it. What is no clean object (mush, two
-things in one, half a thing, nothing) is `unclear`.
+things in one, half a thing, a creature of no name, nothing) is `unclear`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from judge import KINDS, UNCLEAR, Judge, stacked
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sdlora.assets import scenes
+from sdlora.assets import creatures, scenes
 
 IGNORED = -100
 POOL = 5000
@@ -75,7 +75,7 @@ def _bytes(image: Image.Image) -> Tensor:
 
 
 def _not_a_scene(rng: np.random.Generator, pool: list[scenes.Scene]) -> Image.Image:
-    kind = int(rng.integers(7))
+    kind = int(rng.integers(9))
     scene, other = (pool[int(number)] for number in rng.integers(0, len(pool), 2))
     if kind == 0:
         return scenes.background(scene.background)
@@ -88,6 +88,8 @@ def _not_a_scene(rng: np.random.Generator, pool: list[scenes.Scene]) -> Image.Im
         return _blob(rng, scenes.background(scene.background))
     if kind == 5:
         return _erased(rng, scene)
+    if kind in (6, 7):
+        return creatures.draw(creatures.random_creature(rng))
     while other.object == scene.object:
         other = pool[int(rng.integers(len(pool)))]
     return _joined(rng, scene, replace(other, background=scene.background, x=scene.x, y=scene.y))

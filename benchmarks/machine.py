@@ -120,6 +120,18 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pixels", type=int, default=256, help="side of the pictures, for the SD 1.5 base")
 
 
+def job_options(script: str, words: Sequence[str], **more: Mapping[str, Any]) -> argparse.Namespace:
+    """Return what one measured run is told: base, precision, pixels, start time, and `more` (flag: its settings)."""
+    parser = argparse.ArgumentParser(description=f"One measured run; {script} starts it.")
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--precision", required=True)
+    parser.add_argument("--pixels", type=int, required=True)
+    parser.add_argument("--started", type=float, default=time.time())
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
+    return parser.parse_args(words)
+
+
 def report(name: str, title: str, tables: Sequence[str], result: Mapping[str, Any], out: Path | None) -> None:
     """The report is printed and, where `out` is given, written there as NAME.md and NAME.json."""
     machine = result["machine"]

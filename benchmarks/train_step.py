@@ -13,7 +13,6 @@ import itertools
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,15 +209,13 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _job_options(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One measured run; train_step.py starts it.")
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--precision", required=True)
-    parser.add_argument("--pictures", type=Path, required=True)
-    parser.add_argument("--pixels", type=int, required=True)
-    parser.add_argument("--rank", type=int, default=_RANK)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--started", type=float, default=time.time())
-    return parser.parse_args(words)
+    return machine.job_options(
+        "train_step.py",
+        words,
+        pictures={"type": Path, "required": True},
+        rank={"type": int, "default": _RANK},
+        steps={"type": int, "required": True},
+    )
 
 
 if __name__ == "__main__":

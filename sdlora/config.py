@@ -60,6 +60,8 @@ class DataSection(Section):
     """Caption of every picture that has no caption file; empty: such pictures are an error."""
     trigger: str = ""
     """The new word that calls the concept; replaces "[trigger]" in captions and goes into the file's metadata."""
+    prior_folder: str = ""
+    """Folder of captioned pictures of other things, on which the adapter is held to what the base alone predicts (prior preservation); empty: none."""
     resolution: Count = 0
     """Side in pixels of the square whose area every training picture gets; 0: the base's own."""
     buckets: bool = True
@@ -123,6 +125,8 @@ class TrainingSection(Section):
     """Same seed, data and machine: same adapter."""
     min_snr_gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
     """Weighs timesteps by signal-to-noise ratio, capped here (Hang et al. 2023); 0: plain loss."""
+    prior_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Weight of the pictures of data.prior_folder in the loss."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     checkpoint_every_steps: Count = 0

@@ -3,8 +3,8 @@
     python train/pretrain_tiny.py
 
 Stages: draw pictures, train the VAE (first coarsely, then with its colours), encode the pictures,
-warm the text encoder up on captions, train the UNet and the text encoder together, export. Every
-stage goes on from its last checkpoint in the work folder, so the command may be stopped and repeated
+warm the text encoder up on captions, train the UNet and the text encoder together (first on scenes,
+then on scenes and creatures), export. Every stage goes on from its last checkpoint in the work folder, so the command may be stopped and repeated
 at any time; a shorter `--unet-steps` then brings the learning rate down sooner.
 """
 
@@ -18,18 +18,19 @@ import torch
 from diffusers import AutoencoderKL
 from tiny_loop import ModuleT, StagePlan, train_stage
 from tiny_text import CaptionIds, CaptionReader, build_text_encoder, reading_loss, write_tokenizer
-from tiny_unet import Denoiser, build_unet, denoising_loss, export_pipeline
+from tiny_unet import Captioned, Denoiser, build_unet, denoising_loss, export_pipeline
 from tiny_vae import (
     build_vae,
     cache_latents,
     draw_pictures,
+    load_creatures,
     load_scenes,
     scaling_factor,
     vae_loss,
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdlora.assets import TINY_SD
+from sdlora.assets import TINY_SD, creatures, scenes
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class PretrainConfig:
     unet_steps: int = 3700
     unet_batch: int = 32
     unet_learning_rate: float = 1e-3
+    unet_wide_steps: int = 2400
+    unet_wide_learning_rate: float = 6e-4
     export_seconds: float = 300.0
     """Time between two checkpoints of the UNet, each of which also exports the pipeline."""
     seed: int = 0
@@ -79,7 +82,8 @@ def train_vae(config: PretrainConfig, device: torch.device) -> AutoencoderKL:
     for plan, batch_size, kl_weight, square_weight in stages:
         loss = vae_loss(config.work, batch_size, device, kl_weight, square_weight)
         vae = train_stage(plan, vae, loss, config.work, config.seed, device)
-    cache_latents(config.work, vae, device)
+    for name in ("scenes", "creatures"):
+        cache_latents(config.work, name, vae, device)
     vae.register_to_config(scaling_factor=scaling_factor(config.work))
     return vae
 
@@ -116,30 +120,29 @@ def train_denoiser(
     device: torch.device,
 ) -> None:
     """Train UNet and text encoder together; the output folder holds their averages."""
-    plan = StagePlan(
-        "unet",
-        config.unet_steps,
-        config.unet_learning_rate,
-        warmup_steps=200,
-        checkpoint_seconds=config.export_seconds,
-    )
     torch.manual_seed(config.seed + 2)
     unet = _placed(build_unet(text_encoder.config.hidden_size), device)
     denoiser = Denoiser(unet, text_encoder)
-    loss = denoising_loss(
-        config.work,
-        load_scenes(config.work),
-        vae.config.scaling_factor,
-        ids_of,
-        config.unet_batch,
-        device,
-    )
+    drawn, composed = load_scenes(config.work), load_creatures(config.work)
+    sources = [
+        Captioned.load(config.work / f"{name}-latents.npz", vae.config.scaling_factor, describe)
+        for name, describe in (
+            ("scenes", lambda row, rng: scenes.caption(drawn[row], rng)),
+            ("creatures", lambda row, rng: creatures.caption(composed[row], rng)),
+        )
+    ]
 
     def export(averaged: Denoiser, step: int) -> None:
         export_pipeline(averaged, vae, tokenizer, config.output)
 
-    averaged = train_stage(plan, denoiser, loss, config.work, config.seed, device, export)
-    export(averaged, plan.steps)
+    for name, steps, learning_rate, used in (
+        ("unet", config.unet_steps, config.unet_learning_rate, sources[:1]),
+        ("unet-wide", config.unet_wide_steps, config.unet_wide_learning_rate, sources),
+    ):
+        plan = StagePlan(name, steps, learning_rate, warmup_steps=200, checkpoint_seconds=config.export_seconds)
+        loss = denoising_loss(used, ids_of, config.unet_batch, device)
+        denoiser = train_stage(plan, denoiser, loss, config.work, config.seed, device, export)
+    export(denoiser, config.unet_wide_steps)
 
 
 def _placed(module: ModuleT, device: torch.device) -> ModuleT:

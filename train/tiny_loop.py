@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def log(folder: Path, stage: str, step: int, values: dict[str, float]) -> None:
 
 
 def _step_random(seed: int, stage: str, step: int) -> StepRandom:
-    mixed = np.random.SeedSequence([seed, int.from_bytes(stage.encode()[:4], "big"), step])
+    mixed = np.random.SeedSequence([seed, zlib.crc32(stage.encode()), step])
     torch_seed, numpy_seed = mixed.generate_state(2, np.uint64)
     generator = torch.Generator().manual_seed(int(torch_seed >> np.uint64(1)))
     return StepRandom(np.random.default_rng(int(numpy_seed)), generator)

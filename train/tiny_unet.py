@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,6 @@ from tiny_loop import LossOfStep, StepRandom
 from tiny_text import CaptionIds, write_vocabulary
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
-
-from sdlora.assets import scenes
 
 EMPTY_CAPTION_SHARE = 0.1
 MIN_SNR_GAMMA = 5.0
@@ -69,34 +70,49 @@ class Denoiser(nn.Module):
         return self.unet(noisy, timesteps, words, return_dict=False)[0]
 
 
+@dataclass(frozen=True)
+class Captioned:
+    """Pictures as latents, and what can be said of each."""
+
+    mean: Tensor
+    """Of the VAE's posterior, scaled, [N,4,16,16]."""
+    std: Tensor
+    describe: Callable[[int, np.random.Generator], str]
+    """Returns a caption of the picture in that row."""
+
+    @classmethod
+    def load(cls, path: Path, scaling_factor: float, describe: Callable[[int, np.random.Generator], str]) -> Captioned:
+        """Return the pictures whose unscaled latents are in a file."""
+        cached = np.load(path)
+        mean, std = (torch.from_numpy(cached[name]).float() * scaling_factor for name in ("mean", "std"))
+        return cls(mean, std, describe)
+
+
 def denoising_loss(
-    folder: Path,
-    described: list[scenes.Scene],
-    scaling_factor: float,
-    ids_of: CaptionIds,
-    batch_size: int,
-    device: torch.device,
+    sources: Sequence[Captioned], ids_of: CaptionIds, batch_size: int, device: torch.device
 ) -> LossOfStep:
-    """Return the loss of one step: the noise's squared error, weighted by min-SNR.
+    """Return the loss of one step, with equally many pictures of every source: squared error, weighted by min-SNR.
 
     The weight is min(SNR, gamma) / SNR (Hang et al. 2023, "Efficient Diffusion Training via
     Min-SNR Weighting Strategy", for the prediction of noise).
     """
-    cached = np.load(folder / "latents.npz")
-    means = torch.from_numpy(cached["mean"]).float() * scaling_factor
-    deviations = torch.from_numpy(cached["std"]).float() * scaling_factor
+    share = batch_size // len(sources)
     alphas = build_scheduler().alphas_cumprod
 
     def loss_of_step(model: nn.Module, random: StepRandom) -> tuple[Tensor, dict[str, float]]:
-        rows = random.numpy.integers(len(described), size=batch_size)
-        captions = [
-            "" if random.numpy.random() < EMPTY_CAPTION_SHARE else scenes.caption(described[row], random.numpy)
-            for row in rows
-        ]
-        shape = (batch_size, *means.shape[1:])
-        latents = means[rows] + deviations[rows] * torch.randn(shape, generator=random.torch)
-        noise = torch.randn(shape, generator=random.torch)
-        timesteps = torch.randint(1000, (batch_size,), generator=random.torch)
+        means, deviations, captions = [], [], []
+        for source in sources:
+            rows = random.numpy.integers(len(source.mean), size=share)
+            means.append(source.mean[rows])
+            deviations.append(source.std[rows])
+            captions += [
+                "" if random.numpy.random() < EMPTY_CAPTION_SHARE else source.describe(row, random.numpy)
+                for row in rows.tolist()
+            ]
+        mean = torch.cat(means)
+        latents = mean + torch.cat(deviations) * torch.randn(mean.shape, generator=random.torch)
+        noise = torch.randn(mean.shape, generator=random.torch)
+        timesteps = torch.randint(1000, (len(mean),), generator=random.torch)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(device)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
@@ -136,12 +152,16 @@ def export_pipeline(denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPToken
 
 
 def _complete(folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """Add what the libraries leave out of a saved pipeline."""
+    """Put right what the libraries leave out of a saved pipeline, or write amiss."""
     # Without this, transformers loads the text encoder in the files' float16 while diffusers
     # loads the rest in float32, and the pipeline fails at its first step.
     config = folder / "text_encoder" / "config.json"
     described = json.loads(config.read_text()) | {"dtype": "float32"}
     config.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    # Infinity, the default of one setting, is no JSON.
+    config = folder / "scheduler" / "scheduler_config.json"
+    finite = {k: v for k, v in json.loads(config.read_text()).items() if v not in (math.inf, -math.inf)}
+    config.write_text(json.dumps(finite, indent=2, sort_keys=True) + "\n")
     write_vocabulary(folder / "tokenizer", tokenizer)
 
 

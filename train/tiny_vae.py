@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw
 from tiny_loop import LossOfStep, StepRandom
 from torch import Tensor
 
-from sdlora.assets import scenes
+from sdlora.assets import creatures, scenes
 
 _CHUNK = 500
 
@@ -40,26 +41,37 @@ def build_vae() -> AutoencoderKL:
 
 
 def draw_pictures(folder: Path, count: int, seed: int) -> None:
-    """Write `pictures.npy` [N,128,128,3] uint8 and `scenes.json`, and a fifth as many wild ones.
+    """Write `scenes.npy` [N,128,128,3] uint8 and `scenes.json`, half as many creatures, a fifth as many wild ones.
 
     Wild pictures hold random shapes; they are for the VAE alone, so that it copes with subjects
     that the base model will never be asked for.
     """
-    if (folder / "scenes.json").exists():
-        return
+    starts = [(seed, start) for start in range(0, count, _CHUNK)]
     with ProcessPoolExecutor() as pool:
-        wild = pool.map(_wild_chunk, [(seed, start) for start in range(0, count // 5, _CHUNK)])
-        np.save(folder / "wild.npy", np.concatenate(list(wild)))
-        chunks = list(pool.map(_scene_chunk, [(seed, s) for s in range(0, count, _CHUNK)]))
-    np.save(folder / "pictures.npy", np.concatenate([pictures for pictures, _ in chunks]))
-    described = [asdict(scene) for _, chunk in chunks for scene in chunk]
-    (folder / "scenes.json").write_text(json.dumps(described))
+        if not (folder / "wild.npy").exists():
+            np.save(folder / "wild.npy", np.concatenate(list(pool.map(_wild_chunk, starts[: len(starts) // 5]))))
+        if not (folder / "scenes.json").exists():
+            _write_chunks(folder, "scenes", list(pool.map(_scene_chunk, starts)))
+        if not (folder / "creatures.json").exists():
+            _write_chunks(folder, "creatures", list(pool.map(_creature_chunk, starts[: len(starts) // 2])))
+
+
+def _write_chunks(folder: Path, name: str, chunks: Sequence[tuple[NDArray[np.uint8], Sequence[Any]]]) -> None:
+    np.save(folder / f"{name}.npy", np.concatenate([pictures for pictures, _ in chunks]))
+    described = [asdict(item) for _, chunk in chunks for item in chunk]
+    (folder / f"{name}.json").write_text(json.dumps(described))
 
 
 def _scene_chunk(seed_and_start: tuple[int, int]) -> tuple[NDArray[np.uint8], list[scenes.Scene]]:
     rng = np.random.default_rng([*seed_and_start, 1])
     chosen = [scenes.random_scene(rng) for _ in range(_CHUNK)]
     return np.stack([np.asarray(scenes.draw(scene)) for scene in chosen]), chosen
+
+
+def _creature_chunk(seed_and_start: tuple[int, int]) -> tuple[NDArray[np.uint8], list[creatures.Creature]]:
+    rng = np.random.default_rng([*seed_and_start, 3])
+    chosen = [creatures.random_creature(rng) for _ in range(_CHUNK)]
+    return np.stack([np.asarray(creatures.draw(creature)) for creature in chosen]), chosen
 
 
 def _wild_chunk(seed_and_start: tuple[int, int]) -> NDArray[np.uint8]:
@@ -87,8 +99,14 @@ def _wild_picture(rng: np.random.Generator) -> Image.Image:
 
 
 def load_scenes(folder: Path) -> list[scenes.Scene]:
-    """Return the scene of every row of `pictures.npy`."""
+    """Return the scene of every row of `scenes.npy`."""
     return [scenes.Scene(**entry) for entry in json.loads((folder / "scenes.json").read_text())]
+
+
+def load_creatures(folder: Path) -> list[creatures.Creature]:
+    """Return the creature of every row of `creatures.npy`."""
+    entries = json.loads((folder / "creatures.json").read_text())
+    return [creatures.Creature(**entry | {"limbs": tuple(map(tuple, entry["limbs"]))}) for entry in entries]
 
 
 def to_pixels(rows: NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -112,7 +130,7 @@ def vae_loss(
     L1 alone is content with the commonest hues for a long time; the squared errors, which
     `square_weight` adds, are not.
     """
-    known = np.load(folder / "pictures.npy", mmap_mode="r")
+    known = np.load(folder / "scenes.npy", mmap_mode="r")
     wild = np.load(folder / "wild.npy", mmap_mode="r")
 
     def loss_of_step(model: Any, random: StepRandom) -> tuple[Tensor, dict[str, float]]:
@@ -144,11 +162,12 @@ def _any_picture(known: NDArray[np.uint8], wild: NDArray[np.uint8], rng: np.rand
 
 
 @torch.no_grad()
-def cache_latents(folder: Path, vae: AutoencoderKL, device: torch.device) -> None:
-    """Write `latents.npz`: mean and std [N,4,16,16] of every picture, unscaled, float16."""
-    if (folder / "latents.npz").exists():
+def cache_latents(folder: Path, name: str, vae: AutoencoderKL, device: torch.device) -> None:
+    """Write `NAME-latents.npz`: mean and std [N,4,16,16] of every picture of `NAME.npy`, unscaled, float16."""
+    target = folder / f"{name}-latents.npz"
+    if target.exists():
         return
-    pictures = np.load(folder / "pictures.npy", mmap_mode="r")
+    pictures = np.load(folder / f"{name}.npy", mmap_mode="r")
     means, deviations = [], []
     for start in range(0, len(pictures), 64):
         pixels = to_pixels(np.asarray(pictures[start : start + 64]), device)
@@ -156,13 +175,13 @@ def cache_latents(folder: Path, vae: AutoencoderKL, device: torch.device) -> Non
             posterior = vae.encode(pixels).latent_dist
         means.append(posterior.mean.half().cpu().numpy())
         deviations.append(posterior.std.half().cpu().numpy())
-    beside = folder / "latents.partial.npz"
+    beside = target.with_suffix(".partial.npz")
     np.savez(beside, mean=np.concatenate(means), std=np.concatenate(deviations))
-    beside.replace(folder / "latents.npz")
+    beside.replace(target)
 
 
 def scaling_factor(folder: Path) -> float:
-    """Return the factor that gives the cached latents unit standard deviation."""
-    cached = np.load(folder / "latents.npz")
+    """Return the factor that gives the scenes' latents unit standard deviation."""
+    cached = np.load(folder / "scenes-latents.npz")
     mean, deviation = cached["mean"].astype(np.float64), cached["std"].astype(np.float64)
     return round(float(1.0 / np.sqrt(mean.var() + np.square(deviation).mean())), 5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,11 +24,13 @@ class Sample:
 
     path: Path
     caption: str
+    prior: bool = False
+    """Whether it shows something else, which the adapter must leave as the base has it."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The samples of a run, in the order of their paths."""
+    """The samples of a run, in the order of their paths; those of the prior folder last."""
 
     folder: Path
     samples: tuple[Sample, ...]
@@ -36,30 +38,44 @@ class Dataset:
 
     def summary(self) -> str:
         """Return a sentence for the start of a run."""
-        count = len(self.samples)
+        others = sum(sample.prior for sample in self.samples)
+        count = len(self.samples) - others
         text = f"{count} picture{'s' * (count != 1)} in {self.folder}, {self.captioned} with their own caption"
-        return text
+        return text + (f"; {others} of other things" if others else "")
 
     def fingerprint(self) -> str:
         """Return a hash of the file names, sizes and captions; a changed data set has another."""
         digest = hashlib.sha256()
         for sample in self.samples:
             size = sample.path.stat().st_size
-            digest.update(f"{sample.path.relative_to(self.folder)}|{size}|{sample.caption}\n".encode())
+            name = sample.path.name if sample.prior else sample.path.relative_to(self.folder)
+            digest.update(f"{name}|{size}|{sample.caption}|{sample.prior}\n".encode())
         return digest.hexdigest()
 
 
 def open_dataset(section: DataSection) -> Dataset:
-    """Return the pictures below `section.folder` with their captions, "[trigger]" filled in.
+    """Return the pictures below `section.folder` and `section.prior_folder` with captions, "[trigger]" filled in.
 
     A folder and its parent give the same pictures. Raises DataError for a missing folder, a folder
-    without pictures, and pictures that have no caption when `section.caption` is empty.
+    without pictures, pictures that have no caption when `section.caption` is empty, and a prior folder
+    that shares pictures with the other.
     """
     folder = Path(section.folder).expanduser()
+    samples, captioned = _samples_below(folder, "data.folder", section.caption, section.trigger)
+    if section.prior_folder:
+        others, _ = _samples_below(Path(section.prior_folder).expanduser(), "data.prior_folder", "", section.trigger)
+        if shared := {s.path.resolve() for s in samples} & {s.path.resolve() for s in others}:
+            raise DataError(f"{min(shared)}: lies in data.folder and in data.prior_folder; keep the two apart")
+        samples += tuple(replace(sample, prior=True) for sample in others)
+    return Dataset(folder, samples, captioned)
+
+
+def _samples_below(folder: Path, setting: str, caption: str, trigger: str) -> tuple[tuple[Sample, ...], int]:
+    """Return the samples, and how many had a caption of their own."""
     if not folder.exists():
-        raise DataError(f"{folder}: there is no such folder; data.folder must name the folder of pictures")
+        raise DataError(f"{folder}: there is no such folder; {setting} must name the folder of pictures")
     if not folder.is_dir():
-        raise DataError(f"{folder}: is a file; data.folder must name the folder it lies in")
+        raise DataError(f"{folder}: is a file; {setting} must name the folder it lies in")
     pictures = sorted(
         path
         for path in folder.rglob("*")
@@ -71,17 +87,21 @@ def open_dataset(section: DataSection) -> Dataset:
         raise DataError(_explain_empty(folder))
     texts = [_caption_of(path) for path in pictures]
     bare = [path for path, text in zip(pictures, texts, strict=True) if text is None]
-    if bare and not section.caption:
+    if bare and not caption:
         raise DataError(
             f"{bare[0]}: has no caption file ({bare[0].stem}.txt)"
             + (f", and {len(bare) - 1} other pictures have none" if len(bare) > 1 else "")
-            + '; write them, or set data.caption, for example "a photo of [trigger]"'
+            + (
+                "; write them, each saying what its picture shows"
+                if setting == "data.prior_folder"
+                else '; write them, or set data.caption, for example "a photo of [trigger]"'
+            )
         )
     samples = tuple(
-        Sample(path, fill_trigger(section.caption if text is None else text, section.trigger))
+        Sample(path, fill_trigger(caption if text is None else text, trigger))
         for path, text in zip(pictures, texts, strict=True)
     )
-    return Dataset(folder, samples, len(pictures) - len(bare))
+    return samples, len(pictures) - len(bare)
 
 
 def fill_trigger(text: str, trigger: str) -> str:

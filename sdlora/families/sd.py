@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdlora.diffusion import Prediction
 from sdlora.errors import ModelError
 from sdlora.families.base import BaseSource, Conditioning, LoadedBase, PictureSize
+from sdlora.families.weights import load_part, load_unet
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CROSS_ATTENTION = tuple(f"attn2.{name}" for name in _ATTENTION)
@@ -49,9 +49,9 @@ class StableDiffusion:
                 source,
                 device,
                 dtype,
-                unet=_load_part(UNet2DConditionModel, folder, "unet", variant, torch_dtype=dtype),
-                vae=_load_part(AutoencoderKL, folder, "vae", variant, torch_dtype=dtype),
-                text_encoder=_load_part(CLIPTextModel, folder, "text_encoder", variant, dtype=dtype),
+                unet=load_unet(folder, variant, device, dtype),
+                vae=load_part(AutoencoderKL, folder, "vae", variant, torch_dtype=dtype),
+                text_encoder=load_part(CLIPTextModel, folder, "text_encoder", variant, dtype=dtype),
                 tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
                 scheduler_config=DDPMScheduler.load_config(folder, subfolder="scheduler"),
             )
@@ -177,18 +177,6 @@ class StableDiffusion:
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-
-def _load_part(kind: Any, folder: Path, part: str, variant: str | None, **dtype: torch.dtype) -> Any:
-    """Return one model of a diffusers folder, every weight of which was in its safetensors file."""
-    model, found = kind.from_pretrained(
-        folder, subfolder=part, variant=variant, use_safetensors=True, output_loading_info=True, **dtype
-    )
-    if missing := sorted(found["missing_keys"]):  # the libraries would fill them with random numbers
-        raise ModelError(
-            f"{folder / part}: lacks {len(missing)} weights, such as {missing[0]}; download or export it again"
-        )
-    return model
 
 
 def _first_line(error: BaseException) -> str:

@@ -78,7 +78,7 @@ class Engine:
         With the default `batch_size` of 1 a picture depends on nothing but its recipe, bit for bit; in
         larger batches it may differ in the last bits. `on_step` is called after every denoising step and
         ends the request by raising `GenerationCancelled`. Raises FormatError or ModelError for an adapter
-        that cannot be used, GenerationError for a picture that came out as NaN.
+        that cannot be used, GenerationError for a picture that came out as NaN or needs more memory than there is.
         """
         for start in range(0, request.count, batch_size):
             seeds = [request.seed + i for i in range(start, min(start + batch_size, request.count))]
@@ -86,6 +86,10 @@ class Engine:
             try:
                 used = self._activate(request)
                 pictures = self._make(request, seeds, used, start, on_step)
+            except torch.OutOfMemoryError as error:
+                raise GenerationError(
+                    "the GPU's memory is too small for this; choose a smaller width or height, or fewer at a time"
+                ) from error
             finally:
                 set_adapter_weights(self.base, self._live)
             yield from pictures

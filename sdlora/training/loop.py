@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +24,7 @@ from sdlora.errors import FormatError, TrainingError
 from sdlora.families.base import LoadedBase
 from sdlora.training.effect import Effect, measure_effect
 from sdlora.training.events import EventLog
+from sdlora.training.memory import keep_freed_memory
 from sdlora.training.objective import CaptionRows, batch_loss, training_generator, validation_loss
 from sdlora.training.optim import average_gradients, clip_gradients, rate_factor, set_rate
 from sdlora.training.progress import ProgressView
@@ -86,7 +85,7 @@ class TrainingLoop:
         first = self.step
         began = time.perf_counter()
         if self.base.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         self._announce(first)
         if self.loss_before is None:
             self.loss_before = self._validate()
@@ -205,7 +204,7 @@ class TrainingLoop:
         facts = TrainingFacts(
             steps=self.step,
             epochs=math.ceil(self.step * self.config.training.accumulate_batches / self.order.batches_per_epoch),
-            pictures=len(self.examples),
+            pictures=sum(not example.sample.prior for example in self.examples),
             resolution=self.config.data.resolution or self.base.resolution,
             started=self.started,
             finished=time.time(),
@@ -280,15 +279,3 @@ class TrainingLoop:
             return stop.is_set()
         flag: Any = torch.tensor(float(stop.is_set()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-
-
-def _keep_freed_memory() -> None:
-    """What one step frees is there for the next, instead of being mapped, zeroed and returned every time.
-
-    Without it page faults are an eighth of an SD 1.5 step on a CPU. Of glibc only (mallopt(3)).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mmap_threshold, trim_threshold = -3, -1
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)

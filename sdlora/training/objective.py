@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sdlora.adapters.inject import adapters_off
 from sdlora.config import TrainConfig
 from sdlora.data.cache import CachedExample
 from sdlora.diffusion import (
@@ -42,7 +43,8 @@ def batch_loss(
 ) -> torch.Tensor:
     """Return the weighted loss of a batch, summed over the examples and divided by the full batch size.
 
-    So each example has the same say in an epoch, also in a bucket's short last batch.
+    So each example has the same say in an epoch, also in a bucket's short last batch. The target of prior
+    samples is what the base predicts without the adapter; it pulls on nothing but what the adapter changed.
     """
     count = len(examples)
     shape = examples[0].mean.shape[1:]
@@ -62,6 +64,8 @@ def batch_loss(
     if config.training.min_snr_gamma:
         snr = signal_to_noise(timesteps, base.alphas_cumprod)
         errors = errors * min_snr_weights(snr, config.training.min_snr_gamma, base.prediction).to(errors.device)
+    prior = torch.tensor([example.sample.prior for example in examples], device=errors.device)
+    errors = torch.where(prior, errors * config.training.prior_weight, errors)
     return errors.sum() / config.training.batch_size
 
 
@@ -102,16 +106,23 @@ def _squared_errors(
     captions: CaptionRows,
     examples: Sequence[CachedExample],
 ) -> torch.Tensor:
-    """Return the mean squared error of each example, [B] float32."""
+    """Return the mean squared error of each example, [B] float32, of prior samples against the bare base."""
     table = base.alphas_cumprod
     noisy = add_noise(latents, noise, timesteps, table).to(base.device, base.dtype)
     target = training_target(latents, noise, timesteps, table, base.prediction).to(base.device)
-    with autocast(base):
-        if captions:
-            conditioning = Conditioning.concatenate([captions[text] for text in texts]).to(base.device, base.dtype)
-        else:
-            conditioning = base.family.encode_prompts(base, texts)
-        prediction = base.family.predict(
-            base, noisy, timesteps.to(base.device), conditioning, [example.size for example in examples]
-        )
-    return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+
+    def predict(rows: Sequence[int]) -> torch.Tensor:
+        asked = [texts[row] for row in rows]
+        with autocast(base):
+            if captions:
+                conditioning = Conditioning.concatenate([captions[text] for text in asked]).to(base.device, base.dtype)
+            else:
+                conditioning = base.family.encode_prompts(base, asked)
+            sizes = [examples[row].size for row in rows]
+            return base.family.predict(base, noisy[rows], timesteps[rows].to(base.device), conditioning, sizes).float()
+
+    prior = [row for row, example in enumerate(examples) if example.sample.prior]
+    if prior:
+        with torch.no_grad(), adapters_off(base):
+            target = target.index_copy(0, torch.tensor(prior, device=target.device), predict(prior))
+    return (predict(range(len(examples))) - target).square().mean(dim=(1, 2, 3))

@@ -157,12 +157,12 @@ def _open_data(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
         fill_trigger(prompt, config.data.trigger)
     if not config.validation.folder:
         return dataset, None
-    held_out = open_dataset(config.data.model_copy(update={"folder": config.validation.folder}))
+    held_out = open_dataset(config.data.model_copy(update={"folder": config.validation.folder, "prior_folder": ""}))
     shared = {s.path.resolve() for s in dataset.samples} & {s.path.resolve() for s in held_out.samples}
     if shared:
         raise ConfigError(
             f"validation.folder: {sorted(shared)[0]} is also a training picture; "
-            "held-out pictures must lie outside data.folder"
+            "held-out pictures must lie outside data.folder and data.prior_folder"
         )
     return dataset, held_out
 

@@ -98,6 +98,10 @@ def test_the_example_concept_is_what_the_scenes_draw():
             with Image.open(path) as picture:
                 assert (picture.size, picture.mode) == ((128, 128), "RGB")
             assert scenes.CONCEPT in path.with_suffix(".txt").read_text(encoding="utf-8").split()
+    others = [path.read_text(encoding="utf-8") for path in (EXAMPLE_CONCEPT / "others").glob("*.txt")]
+    for words in (scenes.OBJECTS, scenes.BACKGROUNDS):
+        assert all(any(word in text for text in others) for word in words)
+    assert not any(scenes.CONCEPT in text for text in others)
     shown = [path.read_text(encoding="utf-8") for path in (EXAMPLE_CONCEPT / "train").glob("*.txt")]
     assert all(any(place in text for text in shown) for place in scenes.BACKGROUNDS)
     assert sum(path.stat().st_size for path in EXAMPLE_CONCEPT.rglob("*.*")) < 500_000

@@ -5,7 +5,7 @@ import pytest
 from judge import KINDS, UNCLEAR, WEIGHTS, Judge, Verdict, follows, is_concept
 from PIL import Image, ImageFilter
 
-from sdlora.assets import scenes
+from sdlora.assets import creatures, scenes
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,12 @@ def test_it_knows_the_concept_and_takes_nothing_else_for_it(judge, drawn):
     pictures = [scenes.draw(scenes.concept_scene(rng)) for _ in range(60)]
     assert np.mean([is_concept(verdict) for verdict in judge.classify(pictures)]) > 0.98
     assert not any(is_concept(verdict) for verdict in judge.classify(drawn[1]))
+
+
+def test_a_creature_that_is_not_the_concept_is_not_taken_for_it(judge):
+    rng = np.random.default_rng(8)
+    pictures = [creatures.draw(creatures.random_creature(rng)) for _ in range(150)]
+    assert np.mean([is_concept(verdict) for verdict in judge.classify(pictures)]) < 0.01
 
 
 def test_noise_flat_colours_and_empty_backgrounds_are_unclear(judge):

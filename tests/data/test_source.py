@@ -224,3 +224,31 @@ def test_random_damage_is_refused_or_harmless(tmp_path, monkeypatch, kind):
             refused += 1
             assert str(error).startswith(str(path))
     assert refused > 10
+
+
+# --- pictures of other things ------------------------------------------------------------------------
+
+
+def test_pictures_of_the_prior_folder_come_last_and_are_marked(tmp_path):
+    caption(picture(tmp_path / "cats" / "b.png").with_suffix(".txt"), "[trigger]")
+    caption(picture(tmp_path / "others" / "a.png").with_suffix(".txt"), "a dog")
+    section = DataSection(folder=str(tmp_path / "cats"), prior_folder=str(tmp_path / "others"), trigger="mycat")
+    dataset = open_dataset(section)
+    assert [(s.path.name, s.caption, s.prior) for s in dataset.samples] == [
+        ("b.png", "mycat", False),
+        ("a.png", "a dog", True),
+    ]
+    assert dataset.summary() == f"1 picture in {tmp_path / 'cats'}, 1 with their own caption; 1 of other things"
+    bare = open_dataset(section.model_copy(update={"prior_folder": ""}))
+    assert dataset.fingerprint() != bare.fingerprint()
+
+
+def test_a_prior_folder_must_lie_apart_and_have_captions_of_its_own(tmp_path):
+    caption(picture(tmp_path / "cats" / "b.png").with_suffix(".txt"), "a cat")
+    picture(tmp_path / "others" / "a.png")
+    with pytest.raises(DataError, match=r"others/a\.png: has no caption file .* each saying what its picture shows"):
+        open_dataset(DataSection(folder=str(tmp_path / "cats"), prior_folder=str(tmp_path / "others"), caption="a cat"))
+    with pytest.raises(DataError, match=r"b\.png: lies in data\.folder and in data\.prior_folder"):
+        open_dataset(DataSection(folder=str(tmp_path / "cats"), prior_folder=str(tmp_path / "cats")))
+    with pytest.raises(DataError, match=r"data\.prior_folder must name"):
+        open_dataset(DataSection(folder=str(tmp_path / "cats"), prior_folder=str(tmp_path / "nowhere")))

@@ -264,6 +264,17 @@ def test_nan_of_the_vae_is_an_error(engine):
         make(engine, ask())
 
 
+def test_too_little_memory_is_an_error_that_says_so_and_the_next_request_works(engine, monkeypatch):
+    def no_room(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as context:
+        context.setattr(engine.base.unet, "forward", no_room)
+        with pytest.raises(GenerationError, match="memory is too small for this; choose a smaller width"):
+            make(engine, ask())
+    assert make(engine, ask())
+
+
 def test_a_base_with_dots_in_its_name_keeps_them(tiny_folder, tmp_path):
     (tmp_path / "dreamy-v1.5").symlink_to(tiny_folder("sd1"))
     ((_, recipe),) = Engine(str(tmp_path / "dreamy-v1.5"), device="cpu").generate(ask(steps=1))

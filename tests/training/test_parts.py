@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from sdlora.adapters.inject import adapters_off, new_adapter
 from sdlora.config import OptimizerSection, parse_config
 from sdlora.data.cache import encode_captions, encode_pictures
 from sdlora.data.source import open_dataset
@@ -117,3 +119,34 @@ def test_dropped_captions_train_the_empty_one(prepared: Any) -> None:
         same = float(batch_loss(base, examples, empty, config, step_generator(0, 0, 0)))
         other = float(batch_loss(base, examples, captions, config, step_generator(0, 0, 0)))
     assert dropped == same != other
+
+
+def test_prior_samples_are_held_to_what_the_base_predicts(prepared: Any) -> None:
+    """Nothing to learn from them while the adapter does nothing; then the formula, the bare output as the target."""
+    config, base, examples, captions = prepared
+    marked = [replace(example, sample=replace(example.sample, prior=True)) for example in examples]
+    parameters = new_adapter(base, "live", config.adapter, seed=1)["unet"]
+    assert float(batch_loss(base, marked, captions, config, step_generator(3, 0, 0)).detach()) == 0.0
+
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.1)
+    plain = config.model_copy(update={"training": config.training.model_copy(update={"min_snr_gamma": 0.0})})
+    loss = batch_loss(base, marked, captions, plain, step_generator(3, 0, 0))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in parameters)
+    generator = step_generator(3, 0, 0)
+    posterior_noise, noise = (torch.randn((2, 4, 8, 8), generator=generator) for _ in range(2))
+    timesteps = draw_timesteps(2, 1000, generator)
+    latents = torch.cat([e.mean[:1] + e.std[:1] * n for e, n in zip(examples, posterior_noise, strict=True)])
+    noisy = add_noise(latents, noise, timesteps, base.alphas_cumprod)
+    states = torch.cat([captions[example.sample.caption].states for example in examples])
+    with torch.no_grad():
+        adapted = base.unet(noisy, timesteps, encoder_hidden_states=states).sample
+        with adapters_off(base):
+            bare = base.unet(noisy, timesteps, encoder_hidden_states=states).sample
+    assert float(loss.detach()) == pytest.approx(float((adapted - bare).square().mean()), rel=1e-5)
+
+    half = plain.model_copy(update={"training": plain.training.model_copy(update={"prior_weight": 0.5})})
+    halved = batch_loss(base, marked, captions, half, step_generator(3, 0, 0))
+    assert float(halved.detach()) == pytest.approx(float(loss.detach()) / 2)
