@@ -82,7 +82,7 @@ class TrainingLoop:
     def run(self, stop: threading.Event, folder: Path) -> Outcome:
         """Train to the last step or until `stop` is set, and save the adapter. Raises TrainingError."""
         steps = self.config.training.steps
-        first = self.step
+        first, seen_first = self.step, self.examples_seen
         began = time.perf_counter()
         if self.base.device.type == "cpu":
             keep_freed_memory()
@@ -93,7 +93,6 @@ class TrainingLoop:
         bad_steps = 0
         with self.view.counting(steps, first):
             while self.step < steps and not self._asked_to_stop(stop):
-                seen_before = self.examples_seen
                 loss, norm = self._optimize()
                 finite = math.isfinite(loss) and math.isfinite(norm)
                 bad_steps = 0 if finite else bad_steps + 1
@@ -103,7 +102,7 @@ class TrainingLoop:
                     continue
                 elapsed = time.perf_counter() - began
                 eta = elapsed / (self.step - first) * (steps - self.step)
-                rate = (self.examples_seen - seen_before) * (self.step - first) / elapsed
+                rate = (self.examples_seen - seen_first) / elapsed
                 self.view.step(self.step, loss, rate, eta)
                 self.events.write(
                     "step",
