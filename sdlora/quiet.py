@@ -27,12 +27,3 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("transformers", "diffusers", "peft", "accelerate", "bitsandbytes", "torch", "huggingface_hub"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-
-
-def quiet_progress_bars() -> None:
-    """The libraries show no bars of their own while they load a model."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()

@@ -16,7 +16,6 @@ from sdlora.config import BaseSection
 from sdlora.errors import ModelError
 from sdlora.families.base import BaseSource, LoadedBase, ModelFamily
 from sdlora.families.sd import SD1, SD2
-from sdlora.quiet import quiet_progress_bars
 from sdlora.storage import SafetensorsHeader, read_header, sha256_of_file
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,7 +30,7 @@ def load_base(section: BaseSection, device: torch.device | str | None = None) ->
 
     Raises ModelError or FormatError, with one sentence, for anything that is no usable base.
     """
-    quiet_progress_bars()
+    _quiet_progress_bars()
     target = torch.device(device) if device is not None else default_device()
     dtype = _choose_dtype(section.precision, target)
     path = find_base(section)
@@ -43,6 +42,14 @@ def load_base(section: BaseSection, device: torch.device | str | None = None) ->
     if not _holds_tokenizer(path / "tokenizer"):
         raise ModelError(f"{path}: its folder 'tokenizer' is missing or incomplete; download or export it again")
     return family.load(source, target, dtype, variant=section.variant or None)
+
+
+def _quiet_progress_bars() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def default_device() -> torch.device:
