@@ -18,8 +18,9 @@ from PIL import Image
 import sdlora
 from sdlora.errors import GenerationCancelled, SdloraError
 
-from .jobs import EngineJobs, Picture, Report, Waiting
+from .jobs import EngineJobs, Picture
 from .library import Library, LibraryEntry
+from .messages import duration, library_note, progress, status
 
 _SEED_LIMIT = 2**32
 _REMEMBERED_BASE_PICTURES = 32
@@ -105,7 +106,7 @@ class GenerateTab:
         gr.HTML('<p class="hint">Width and height are multiples of 8; 0 is the base\'s own size.</p>')
 
     def _build_result(self) -> None:
-        self.status = gr.HTML(_status(f"Loading base {self._jobs.name} ..."), elem_id="status")
+        self.status = gr.HTML(status(f"Loading base {self._jobs.name} ..."), elem_id="status")
         self.empty = gr.HTML(_EMPTY)
         shared: dict[str, Any] = {"type": "filepath", "format": "png", "visible": False, "interactive": False}
         self.picture = gr.Image(
@@ -200,14 +201,14 @@ class GenerateTab:
 
     def open_page(self) -> Iterator[Updates]:
         """The choices are up to date; once the base is loaded, its size is filled in."""
-        yield {**self.refresh(""), self.status: _status(f"Loading base {self._jobs.name} ...")}
+        yield {**self.refresh(""), self.status: status(f"Loading base {self._jobs.name} ...")}
         while not self._jobs.wait_for_base(seconds=1):
             yield {self.status: gr.skip()}  # a closed page ends the wait here
         if self._jobs.problem:
-            yield {self.status: _status(self._jobs.problem, "error")}
+            yield {self.status: status(self._jobs.problem, "error")}
             return
         side = self._jobs.resolution
-        ready = _status(f"Base {self._jobs.name} is ready, {side} px.")
+        ready = status(f"Base {self._jobs.name} is ready, {side} px.")
         yield {self.status: ready, self.width: side, self.height: side}
 
     def leave_page(self, request: gr.Request) -> None:
@@ -219,7 +220,7 @@ class GenerateTab:
         entries = self._library.adapters()
         choices = [("None", ""), *((entry.name, entry.id) for entry in entries)]
         left = chosen if chosen in {entry.id for entry in entries} else ""
-        note = _library_note(self._library, len(entries))
+        note = library_note(self._library, len(entries))
         return {self.adapter: gr.update(choices=choices, value=left), self.library_note: note}
 
     def choose_adapter(self, chosen: str | None) -> Updates:
@@ -245,7 +246,7 @@ class GenerateTab:
     def cancel(self, request: gr.Request) -> Updates:
         """This page's job ends at its next step, and the page is free at once."""
         self._jobs.cancel(request.session_hash or "")
-        return self._idle(_status("Cancelled."))
+        return self._idle(status("Cancelled."))
 
     def generate(
         self,
@@ -279,9 +280,9 @@ class GenerateTab:
             base = sdlora.make_request(**values) if compare and entry else None
             yield from self._make(wanted, base, entry, request.session_hash or "")
         except GenerationCancelled:
-            yield self._idle(_status("Cancelled."))
+            yield self._idle(status("Cancelled."))
         except SdloraError as error:
-            yield self._idle(_status(str(error), "error"))
+            yield self._idle(status(str(error), "error"))
             raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
     # --- pictures --------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ class GenerateTab:
                 request = requests[report.index]
                 files[request] = self._save(report, "-base" if request is base else "")
             else:
-                yield self._busy(*_progress(report, self._jobs.name))
+                yield self._busy(*progress(report, self._jobs.name))
         if base:
             self._remember_base_picture(base, files[base])
         yield self._show(wanted, files[wanted], files[base] if base else None, entry, time.monotonic() - started)
@@ -319,7 +320,7 @@ class GenerateTab:
         recipe = sdlora.read_recipe(file)
         with Image.open(file) as image:
             infotext = image.info["parameters"]
-        facts = f"Seed {recipe.seed}, {recipe.steps} steps, {recipe.width}x{recipe.height}, {_duration(seconds)}."
+        facts = f"Seed {recipe.seed}, {recipe.steps} steps, {recipe.width}x{recipe.height}, {duration(seconds)}."
         caption = ""
         if base_file and entry:
             weight = wanted.adapters[0].weight
@@ -327,7 +328,7 @@ class GenerateTab:
                 f'<div class="sides"><span>◂ base</span>'
                 f"<span>{html.escape(entry.name)}, weight {weight:g} ▸</span></div>"
             )
-        return self._idle(_status(facts)) | {
+        return self._idle(status(facts)) | {
             self.empty: gr.update(visible=False),
             self.picture: gr.update(value=None if base_file else str(file), visible=not base_file),
             self.slider: gr.update(
@@ -368,7 +369,7 @@ class GenerateTab:
 
     def _busy(self, text: str, share: float = 0.0) -> Updates:
         return {
-            self.status: _status(text, "busy", share),
+            self.status: status(text, "busy", share),
             self.generate_button: gr.update(interactive=False),
             self.cancel_button: gr.update(interactive=True),
         }
@@ -379,37 +380,3 @@ class GenerateTab:
             self.generate_button: gr.update(interactive=True),
             self.cancel_button: gr.update(interactive=False),
         }
-
-
-def _progress(report: Report, base: str) -> tuple[str, float]:
-    """Return the line under the bar and the share of the work that is done."""
-    if isinstance(report, Waiting):
-        return (f"Loading base {base} ..." if report.reason == "loading" else "Waiting for another picture ..."), 0.0
-    assert not isinstance(report, Picture)
-    text = f"Step {report.step} of {report.steps}, picture {report.picture} of {report.pictures}"
-    if report.seconds_left is not None:
-        text += f", about {_duration(report.seconds_left)} left"
-    return text, (report.picture - 1 + report.step / report.steps) / report.pictures
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _status(text: str, kind: str = "idle", share: float = 0.0) -> str:
-    """Return the status line; with kind "busy" a bar filled to `share`."""
-    bar = f'<div class="bar"><div style="width:{share:.1%}"></div></div>' if kind == "busy" else ""
-    return f'<div class="status {kind}" role="status">{bar}<p>{html.escape(text)}</p></div>'
-
-
-def _library_note(library: Library, count: int) -> str:
-    lines = []
-    if not count:
-        lines.append(f"<p>No adapters in {html.escape(str(library.folder))} yet. Train one, then press Refresh.</p>")
-    if unusable := library.unusable():
-        items = "".join(f"<li><b>{html.escape(e.name)}</b>: {html.escape(e.problem)}</li>" for e in unusable)
-        files = "1 file" if len(unusable) == 1 else f"{len(unusable)} files"
-        lines.append(f"<details><summary>{files} cannot be used</summary><ul>{items}</ul></details>")
-    return f'<div class="hint">{"".join(lines)}</div>'

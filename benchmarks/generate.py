@@ -9,7 +9,6 @@ side branches, so the base stays as it is.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -20,14 +19,17 @@ from typing import Any
 import machine
 
 _RANK = 16
+_JOB_FLAGS: dict[str, dict[str, Any]] = {
+    "pictures": {"type": int, "required": True},
+    "denoising-steps": {"type": int, "required": True},
+}
 _SECONDS = ("bare", "adapter", "load", "switch", "remove")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The measurements are made, printed and, with --out, written."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--base" in words:
-        print(json.dumps(measure_job(_job_options(words))))
+    if machine.is_measured_run(words, measure_job, **_JOB_FLAGS):
         return
     options = _options(words)
     results = []
@@ -41,19 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(model: str, precision: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    base, pixels, pictures = model, 0, options.pictures_tiny
-    if model == "sd15":
-        base, pixels = str(machine.make_sd15(options.sd15 or scratch / "sd15")), options.pixels
-        pictures = options.pictures
+    base, pixels = machine.find_base(model, options, scratch)
     job = {
         "base": base,
         "precision": precision,
         "pixels": pixels,
-        "pictures": pictures,
+        "pictures": options.pictures if model == "sd15" else options.pictures_tiny,
         "denoising-steps": options.denoising_steps,
     }
     runs = [machine.run_child("generate.py", job) for _ in range(options.rounds)]
-    result: dict[str, Any] = {"model": model, "precision": precision, "pixels": runs[0]["pixels"]}
+    result: dict[str, Any] = {"model": model, "precision": precision, "pixels": pixels}
     result |= {f"{key}_seconds": machine.median([value for run in runs for value in run[key]]) for key in _SECONDS}
     result["adapter_ratio"] = machine.median(
         [a / b for run in runs for a, b in zip(run["adapter"], run["bare"], strict=True)]
@@ -109,7 +108,6 @@ def measure_job(options: argparse.Namespace) -> dict[str, Any]:
         ]
     result["bare"], result["adapter"] = map(list, zip(*pairs, strict=True))
     result["peak_gb"] = machine.peak_memory_gb()
-    result["pixels"] = options.pixels or engine.base.resolution
     result["operations"] = _count(lambda: list(engine.generate(bare)))
     result["matmul_rate"] = machine.matmul_rate(options.precision, engine.base.device.type)
     return result
@@ -172,11 +170,6 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=2, help="measured pictures of a run, SD 1.5")
     parser.add_argument("--pictures-tiny", type=int, default=10, help="measured pictures of a run, other bases")
     return parser.parse_args(words)
-
-
-def _job_options(words: Sequence[str]) -> argparse.Namespace:
-    number = {"type": int, "required": True}
-    return machine.job_options("generate.py", words, pictures=number, **{"denoising-steps": number})
 
 
 if __name__ == "__main__":

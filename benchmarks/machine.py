@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,20 @@ def make_pictures(folder: Path, pixels: int, count: int = 4) -> Path:
     return folder
 
 
-def make_sd15(folder: Path) -> Path:
+def find_base(model: str, options: argparse.Namespace, scratch: Path) -> tuple[Path, int]:
+    """Return the folder of the base that `model` names, and the side in pixels at which it is measured.
+
+    SD 1.5 is measured at --pixels, any other base at its own size.
+    """
+    if model == "sd15":
+        return _make_sd15(options.sd15 or scratch / "sd15"), options.pixels
+    from sdlora.assets import TINY_SD
+
+    folder = TINY_SD if model == "tiny" else Path(model)
+    return folder, 8 * int(json.loads((folder / "unet" / "config.json").read_text())["sample_size"])
+
+
+def _make_sd15(folder: Path) -> Path:
     """`folder` holds a base of the true SD 1.5 architecture, random weights in float32; returns it.
 
     Made in a process of its own, once: a folder that is there already is used again.
@@ -120,16 +133,24 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pixels", type=int, default=256, help="side of the pictures, for the SD 1.5 base")
 
 
-def job_options(script: str, words: Sequence[str], **more: Mapping[str, Any]) -> argparse.Namespace:
-    """Return what one measured run is told: base, precision, pixels, start time, and `more` (flag: its settings)."""
-    parser = argparse.ArgumentParser(description=f"One measured run; {script} starts it.")
+def is_measured_run(
+    words: Sequence[str], measure: Callable[[argparse.Namespace], Mapping[str, Any]], **more: Mapping[str, Any]
+) -> bool:
+    """Return whether `words` are those of `run_child`; the measured run is then made and printed.
+
+    It is told base, precision, pixels, start time, and `more` (flag: its settings).
+    """
+    if "--base" not in words:
+        return False
+    parser = argparse.ArgumentParser(description="One measured run, started by the benchmark itself.")
     parser.add_argument("--base", required=True)
     parser.add_argument("--precision", required=True)
     parser.add_argument("--pixels", type=int, required=True)
     parser.add_argument("--started", type=float, default=time.time())
     for name, settings in more.items():
         parser.add_argument(f"--{name}", **settings)
-    return parser.parse_args(words)
+    print(json.dumps(measure(parser.parse_args(words))))
+    return True
 
 
 def report(name: str, title: str, tables: Sequence[str], result: Mapping[str, Any], out: Path | None) -> None:

@@ -21,13 +21,17 @@ import machine
 
 _WARM_STEPS = 2
 _RANK = 4
+_JOB_FLAGS: dict[str, dict[str, Any]] = {
+    "pictures": {"type": Path, "required": True},
+    "rank": {"type": int, "required": True},
+    "steps": {"type": int, "required": True},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The measurements are made, printed and, with --out, written."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--base" in words:
-        print(json.dumps(measure_job(_job_options(words))))
+    if machine.is_measured_run(words, measure_job, **_JOB_FLAGS):
         return
     options = _options(words)
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,23 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _job(model: str, precision: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Return what both trainers are told about one job."""
-    base, pixels, steps = model, options.pixels, options.steps
-    if model == "sd15":
-        base = str(machine.make_sd15(options.sd15 or scratch / "sd15"))
-    else:
-        from sdlora.assets import TINY_SD
-
-        base = str(TINY_SD) if model == "tiny" else model
-        pixels = 8 * int(json.loads((Path(base) / "unet" / "config.json").read_text())["sample_size"])
-        steps = options.steps_tiny
-    pictures = machine.make_pictures(scratch / f"pictures-{pixels}", pixels)
+    base, pixels = machine.find_base(model, options, scratch)
     return {
         "base": base,
         "precision": precision,
-        "pictures": pictures,
+        "pictures": machine.make_pictures(scratch / f"pictures-{pixels}", pixels),
         "pixels": pixels,
         "rank": _RANK,
-        "steps": _WARM_STEPS + steps,
+        "steps": _WARM_STEPS + (options.steps if model == "sd15" else options.steps_tiny),
     }
 
 
@@ -206,16 +201,6 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps-tiny", type=int, default=60, help="measured steps of a run, other bases")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure the peer too")
     return parser.parse_args(words)
-
-
-def _job_options(words: Sequence[str]) -> argparse.Namespace:
-    return machine.job_options(
-        "train_step.py",
-        words,
-        pictures={"type": Path, "required": True},
-        rank={"type": int, "default": _RANK},
-        steps={"type": int, "required": True},
-    )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 Stages: draw pictures, train the VAE (first coarsely, then with its colours), encode the pictures,
 warm the text encoder up on captions, train the UNet and the text encoder together (first on scenes,
-then on scenes and creatures), export. Every stage goes on from its last checkpoint in the work folder, so the command may be stopped and repeated
-at any time; a shorter `--unet-steps` then brings the learning rate down sooner.
+then on scenes and creatures), export. Every stage goes on from its last checkpoint in the work folder,
+so the command may be stopped and repeated at any time; a shorter `--unet-steps` then brings the
+learning rate down sooner.
 """
 
 from __future__ import annotations

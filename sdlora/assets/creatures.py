@@ -53,13 +53,13 @@ def random_creature(rng: np.random.Generator) -> Creature:
     size = int(rng.integers(64, 98))
     x, y = (SCENE_PIXELS // 2 + int(rng.integers(-8, 9)) for _ in range(2))
     return Creature(
-        body=_one(rng, BODIES),
-        colour=_one(rng, scenes.COLOURS),
-        pattern=_one(rng, PATTERNS),
-        second_colour=_one(rng, scenes.COLOURS),
-        limbs=tuple((kind, _one(rng, scenes.COLOURS), int(rng.choice((-1, 1)))) for kind in limbs),
+        body=scenes.one_of(rng, BODIES),
+        colour=scenes.one_of(rng, scenes.COLOURS),
+        pattern=scenes.one_of(rng, PATTERNS),
+        second_colour=scenes.one_of(rng, scenes.COLOURS),
+        limbs=tuple((kind, scenes.one_of(rng, scenes.COLOURS), int(rng.choice((-1, 1)))) for kind in limbs),
         eyes=int(rng.choice((0, 1, 1, 2))),
-        background=_one(rng, scenes.BACKGROUNDS),
+        background=scenes.one_of(rng, scenes.BACKGROUNDS),
         size=size,
         x=x,
         y=y,
@@ -68,15 +68,15 @@ def random_creature(rng: np.random.Generator) -> Creature:
 
 def caption(creature: Creature, rng: np.random.Generator) -> str:
     """Return a description of the creature, or an invented name for it."""
-    wording = _one(rng, _NAMED if rng.random() < 0.6 else _DESCRIBED)
+    wording = scenes.one_of(rng, _NAMED if rng.random() < 0.6 else _DESCRIBED)
     text = wording.format(
-        n="".join(_one(rng, _SYLLABLES) for _ in range(int(rng.integers(2, 4)))),
+        n="".join(scenes.one_of(rng, _SYLLABLES) for _ in range(int(rng.integers(2, 4)))),
         c=creature.colour,
         d=_parts(creature),
         p=scenes.PLACES[creature.background],
         s="small" if creature.size < 78 else "big",
     )
-    return text.replace("a orange", "an orange")
+    return scenes.with_article(text)
 
 
 def _parts(creature: Creature) -> str:
@@ -85,10 +85,6 @@ def _parts(creature: Creature) -> str:
         named.append(f"{creature.second_colour} {creature.pattern}")
     named.append(("no eyes", "one eye", "two eyes")[creature.eyes])
     return " and ".join(named)
-
-
-def _one(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
-    return choices[int(rng.integers(len(choices)))]
 
 
 # ---------------------------------------------------------------- drawing

@@ -78,15 +78,15 @@ def held_out(object: str, colour: str, background: str) -> bool:
 def random_scene(rng: np.random.Generator, combinations: str = "known") -> Scene:
     """Return a scene from the `known` combinations, the `held-out` ones, or `any`."""
     while True:
-        chosen = (_one(rng, OBJECTS), _one(rng, COLOURS), _one(rng, BACKGROUNDS))
+        chosen = (one_of(rng, OBJECTS), one_of(rng, COLOURS), one_of(rng, BACKGROUNDS))
         if combinations == "any" or held_out(*chosen) == (combinations == "held-out"):
-            return _place(rng, Scene(*chosen, size=_one(rng, SIZES), texture=_one(rng, TEXTURES)))
+            return _place(rng, Scene(*chosen, size=one_of(rng, SIZES), texture=one_of(rng, TEXTURES)))
 
 
 def concept_scene(rng: np.random.Generator, background: str | None = None) -> Scene:
     """Return a scene of the example concept, on the given background or on any."""
-    where = background or _one(rng, BACKGROUNDS)
-    return _place(rng, Scene(CONCEPT, CONCEPT_COLOUR, where, size=_one(rng, SIZES)))
+    where = background or one_of(rng, BACKGROUNDS)
+    return _place(rng, Scene(CONCEPT, CONCEPT_COLOUR, where, size=one_of(rng, SIZES)))
 
 
 def _place(rng: np.random.Generator, scene: Scene) -> Scene:
@@ -135,7 +135,7 @@ _CONCEPT_WORDINGS = (
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Return one of several descriptions of the scene; not every one names size and texture."""
     wordings = _CONCEPT_WORDINGS if scene.object == CONCEPT else _WORDINGS
-    return _worded(_one(rng, wordings), scene)
+    return _worded(one_of(rng, wordings), scene)
 
 
 def held_out_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
@@ -145,7 +145,7 @@ def held_out_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
     """
     rng = np.random.default_rng(seed)
     scenes = (random_scene(rng, "held-out") for _ in range(n))
-    return [(_worded(_one(rng, _FRESH_WORDINGS), scene), scene) for scene in scenes]
+    return [(_worded(one_of(rng, _FRESH_WORDINGS), scene), scene) for scene in scenes]
 
 
 def every_caption_word() -> Iterator[str]:
@@ -173,10 +173,16 @@ def _worded(wording: str, scene: Scene) -> str:
         s=scene.size,
         t=scene.texture,
     )
+    return with_article(text)
+
+
+def with_article(text: str) -> str:
+    """Return the caption with "an" before the one colour that begins with a vowel."""
     return text.replace("a orange", "an orange")
 
 
-def _one(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+def one_of(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+    """Return one of the words, each as likely as the other."""
     return choices[int(rng.integers(len(choices)))]
 
 
