@@ -42,24 +42,9 @@ class Verdict:
     """Probability of the object, 0 to 1."""
 
 
-def follows(verdict: Verdict, wanted: scenes.Scene | str) -> bool:
-    """Tell whether object, colour and background are those of the scene, or named in the words.
-
-    Of words, only the attributes that they name count; at least one kind of object must be named.
-    """
-    if isinstance(wanted, scenes.Scene):
-        shown = (verdict.object, verdict.colour, verdict.background)
-        return shown == (wanted.object, wanted.colour, wanted.background)
-    if verdict.object not in wanted.split() and f"{verdict.object}," not in wanted.split():
-        return False
-    colours = [colour for colour in scenes.COLOURS if f" {colour} " in f" {_hue(wanted)} "]
-    places = [place for place in scenes.BACKGROUNDS if place in wanted]
-    return (not colours or verdict.colour in colours) and (not places or verdict.background in places)
-
-
-def _hue(words: str) -> str:
-    """Return the words without the one background whose name holds a colour's."""
-    return words.replace("white wall", "").replace(",", " ")
+def follows(verdict: Verdict, wanted: scenes.Scene) -> bool:
+    """Tell whether object, colour and background are those of the scene."""
+    return (verdict.object, verdict.colour, verdict.background) == (wanted.object, wanted.colour, wanted.background)
 
 
 def is_concept(verdict: Verdict) -> bool:
