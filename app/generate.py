@@ -179,20 +179,18 @@ class GenerateTab:
             queue=False,
             show_progress="hidden",
         )
-        running = begun.then(
+        begun.then(
             self.generate,
             asked,
             [*buttons, *result],
             api_name="generate",
-            concurrency_limit=1,
-            concurrency_id="engine",
+            concurrency_limit=None,  # the jobs take turns by themselves, and can be cancelled while they wait
             show_progress="hidden",
         )
         self.cancel_button.click(
             self.cancel,
             outputs=buttons,
             api_name="cancel",
-            cancels=[running],
             queue=False,
             show_progress="hidden",
         )
@@ -239,13 +237,18 @@ class GenerateTab:
             return prompt
         return f"{entry.trigger}, {prompt}" if prompt.strip() else entry.trigger
 
-    def queue_up(self) -> Updates:
+    def queue_up(self, request: gr.Request) -> Updates:
         """The buttons show that a picture is on its way."""
+        self._jobs.announce(request.session_hash or "")
         return self._busy("Waiting for another page's picture ..." if self._jobs.busy else "Starting ...")
 
     def cancel(self, request: gr.Request) -> Updates:
-        """This page's job ends at its next step, and the page is free at once."""
-        self._jobs.cancel(request.session_hash or "")
+        """This page's job ends, and `generate` says so at once; a page that has none is free again.
+
+        Gradio's own `cancels` is not used: it ends whatever this page runs by then, a later job too.
+        """
+        if self._jobs.cancel(request.session_hash or ""):
+            return {self.status: gr.skip()}
         return self._idle(status("Cancelled."))
 
     def generate(

@@ -90,6 +90,7 @@ class EngineJobs:
         self._engine: Any = None
         self._turn = threading.Lock()
         self._jobs: set[_Job] = set()
+        self._announced: dict[str, bool] = {}
         self._jobs_lock = threading.Lock()
         self._tried = threading.Event()
         self.problem = ""
@@ -118,6 +119,11 @@ class EngineJobs:
         """The base's own picture side in pixels, 0 as long as it is not loaded."""
         return int(self._engine.base.resolution) if self._engine else 0
 
+    def announce(self, owner: str) -> None:
+        """A job of `owner` is on its way to `run`, and `cancel` reaches it from now on."""
+        with self._jobs_lock:
+            self._announced[owner] = False  # not cancelled
+
     def run(self, requests: Sequence[sdlora.GenerationRequest], owner: str) -> Iterator[Report]:
         """Yield what happens until the last picture is there.
 
@@ -125,9 +131,11 @@ class EngineJobs:
         SdloraError for everything that goes wrong.
         """
         job = _Job(requests, owner)
-        waiting = "loading" if self._engine is None else "busy" if self.busy else ""
         with self._jobs_lock:
+            if self._announced.pop(owner, False):
+                raise GenerationCancelled("cancelled")
             self._jobs.add(job)
+        waiting = "loading" if self._engine is None else "busy" if self.busy else ""
         threading.Thread(target=self._work, args=(job,), daemon=True, name="generate").start()
         try:
             if waiting:
@@ -147,12 +155,15 @@ class EngineJobs:
                 self._jobs.discard(job)
 
     def cancel(self, owner: str) -> bool:
-        """Every job of `owner` ends at its next step. Returns whether there was one."""
+        """Every job of `owner`, announced or running, ends at its next step. Returns whether there was one."""
         with self._jobs_lock:
             jobs = [job for job in self._jobs if job.owner == owner]
+            announced = owner in self._announced
+            if announced:
+                self._announced[owner] = True
         for job in jobs:
             job.cancelled.set()
-        return bool(jobs)
+        return announced or bool(jobs)
 
     def close(self) -> None:
         """Every job ends at its next step."""

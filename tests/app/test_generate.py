@@ -149,10 +149,15 @@ def test_trigger_is_inserted_once(tab, adapter, prompt, expected):
     assert tab.insert_trigger(prompt, adapter) == expected
 
 
+def test_cancel_frees_a_page_without_a_job(tab):
+    shown = tab.cancel(Session())
+    assert shown[tab.generate_button]["interactive"] and not shown[tab.cancel_button]["interactive"]
+
+
 def test_cancelled_generation_says_so(tab):
     running = tab.generate("", "", "", 1, False, 0, 900, 3, 0, 0, Session())
     next(running)
-    tab.cancel(Session())
+    assert list(tab.cancel(Session())) == [tab.status]  # the generation itself frees the page
     last = {}
     for updates in running:
         last |= updates

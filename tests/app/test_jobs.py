@@ -90,6 +90,34 @@ def test_cancel_ends_the_job_and_leaves_the_engine_usable(jobs):
     assert isinstance(list(jobs.run([ask()], "me"))[-1], Picture)
 
 
+def test_a_job_can_be_cancelled_before_it_arrives_and_the_next_one_runs(jobs):
+    jobs.announce("me")
+    assert jobs.cancel("me") is True
+    with pytest.raises(GenerationCancelled):
+        next(jobs.run([ask()], "me"))
+    assert jobs._engine.steps_taken == 0
+    assert jobs.cancel("me") is False
+    jobs.announce("me")
+    assert isinstance(list(jobs.run([ask()], "me"))[-1], Picture)
+
+
+def test_a_waiting_job_can_be_cancelled(jobs):
+    engine = jobs._engine
+    engine.may_step.clear()
+    first = threading.Thread(target=list, args=(jobs.run([ask()], "another"),))
+    first.start()
+    wait_until(lambda: engine.running)
+    waiting = jobs.run([ask()], "me")
+    assert next(waiting) == Waiting("busy")
+    assert jobs.cancel("me") is True
+    with pytest.raises(GenerationCancelled):
+        next(waiting)
+    engine.may_step.set()
+    first.join(DEADLINE)
+    wait_until(lambda: not jobs.busy)
+    assert engine.steps_taken == 4  # the other job's alone
+
+
 def test_abandoned_job_is_cancelled(jobs):
     running = jobs.run([ask(steps=1000)], "me")
     assert isinstance(next(running), Progress)
