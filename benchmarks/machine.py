@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,19 @@ def run_child(script: str, options: Mapping[str, object]) -> dict[str, Any]:
         raise RuntimeError(f"{script} {' '.join(flags)} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """Inside, another process keeps multiplying matrices with as many threads as torch gives it."""
+    program = "import torch; a = torch.randn(1024, 1024); print('begun', flush=True)\nwhile True: a @ a"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        try:
+            other.stdout.readline()
+            yield
+        finally:
+            other.kill()
 
 
 def make_pictures(folder: Path, pixels: int, count: int = 4) -> Path:

@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for model in options.models
             for precision in options.precisions
         }
-        results = [
-            {"model": model, "precision": precision, **_measure(job, options)}
-            for (model, precision), job in jobs.items()
-        ]
-    result = {"machine": machine.describe(), "runs": results}
+        with machine.busy() if options.busy else nullcontext():
+            results = [
+                {"model": model, "precision": precision, **_measure(job, options)}
+                for (model, precision), job in jobs.items()
+            ]
+    result = {"machine": machine.describe(), "busy": options.busy, "runs": results}
     title = "Training step: batch 1, rank 4, attention layers"
-    machine.report("train_step", title, [_table(results), _NOTES], result, options.out)
+    name = "train_step"
+    if options.busy:
+        title, name = f"{title}, beside another process that computes", f"{name}_busy"
+    machine.report(name, title, [_table(results), _NOTES], result, options.out)
 
 
 def _job(model: str, precision: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -199,6 +204,7 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     machine.common_options(parser)
     parser.add_argument("--steps", type=int, default=6, help="measured steps of a run, SD 1.5")
     parser.add_argument("--steps-tiny", type=int, default=60, help="measured steps of a run, other bases")
+    parser.add_argument("--busy", action="store_true", help="beside a process that computes on all cores")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure the peer too")
     return parser.parse_args(words)
 

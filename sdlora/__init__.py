@@ -7,9 +7,15 @@ The names below are the whole public interface. Heavy libraries load when a name
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# How long torch's threads on a CPU (GNU OpenMP) spin before they sleep; read once, when torch is loaded. With the
+# long default, threads that wait for one another fight whatever else the machine does: see docs/benchmarks.md.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
