@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_ENVIRONMENT = dict(os.environ)  # as the benchmark was started: importing sdlora adds to it
 _HERE = Path(__file__).resolve().parent
 _LIBRARIES = ("sdlora", "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 
@@ -69,7 +70,7 @@ def run_child(script: str, options: Mapping[str, object]) -> dict[str, Any]:
     """
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, str(_HERE / script), *flags, "--started", repr(time.time())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(flags)} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -80,7 +81,8 @@ def run_child(script: str, options: Mapping[str, object]) -> dict[str, Any]:
 def busy() -> Iterator[None]:
     """Inside, another process keeps multiplying matrices with as many threads as torch gives it."""
     program = "import torch; a = torch.randn(1024, 1024); print('begun', flush=True)\nwhile True: a @ a"
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as other:
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=_ENVIRONMENT) as other:
         assert other.stdout is not None
         try:
             other.stdout.readline()

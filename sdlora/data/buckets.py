@@ -55,9 +55,12 @@ def fit_picture(picture: Image.Image, bucket: Bucket) -> FittedPicture:
     width, height = bucket
     scale = max(width / picture.width, height / picture.height)
     scaled = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-    resized = picture if scaled == picture.size else picture.resize(scaled, Image.Resampling.LANCZOS)
     left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-    cropped = resized.crop((left, top, left + width, top + height))
+    # Only what is kept is scaled: of a long thin picture the rest could fill the memory.
+    across, down = picture.width / scaled[0], picture.height / scaled[1]
+    right, bottom = min(picture.width, (left + width) * across), min(picture.height, (top + height) * down)
+    kept = (left * across, top * down, right, bottom)
+    cropped = picture.resize(bucket, Image.Resampling.LANCZOS, box=kept)
     pixels = torch.from_numpy(np.asarray(cropped, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
     size = PictureSize((picture.height, picture.width), (top, left), (height, width))
     return FittedPicture(pixels.contiguous(), size)

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from sdlora.errors import FormatError, TrainingError
 from sdlora.families.base import LoadedBase
 from sdlora.training.effect import Effect, measure_effect
 from sdlora.training.events import EventLog
-from sdlora.training.memory import keep_freed_memory
 from sdlora.training.objective import CaptionRows, batch_loss, training_generator, validation_loss
 from sdlora.training.optim import average_gradients, clip_gradients, rate_factor, set_rate
+from sdlora.training.processor import training_on_cpu
 from sdlora.training.progress import ProgressView
 from sdlora.training.state import TrainingState, save_state
 
@@ -81,11 +82,18 @@ class TrainingLoop:
 
     def run(self, stop: threading.Event, folder: Path) -> Outcome:
         """Train to the last step or until `stop` is set, and save the adapter. Raises TrainingError."""
+        with training_on_cpu(self._work()) if self.base.device.type == "cpu" else nullcontext():
+            return self._run(stop, folder)
+
+    def _work(self) -> int:
+        """Return the latent positions of a batch times the UNet's parameters."""
+        parameters = sum(parameter.numel() for parameter in self.base.unet.parameters())
+        return self.config.training.batch_size * self.examples[0].mean[0, 0].numel() * parameters
+
+    def _run(self, stop: threading.Event, folder: Path) -> Outcome:
         steps = self.config.training.steps
         first, seen_first = self.step, self.examples_seen
         began = time.perf_counter()
-        if self.base.device.type == "cpu":
-            keep_freed_memory()
         self._announce(first)
         if self.loss_before is None:
             self.loss_before = self._validate()

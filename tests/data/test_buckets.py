@@ -96,3 +96,18 @@ def test_a_smaller_picture_is_scaled_up():
     fitted = fit_picture(gradient(5, 3), (32, 24))
     assert fitted.pixels.shape == (3, 24, 32)
     assert fitted.pixels.abs().max() <= 1
+
+
+def test_scaling_only_what_is_kept_changes_nothing_in_it():
+    noise = np.random.default_rng(0).integers(0, 256, (90, 250, 3), dtype=np.uint8)
+    fitted = fit_picture(Image.fromarray(noise), (64, 48))
+    whole = Image.fromarray(noise).resize((133, 48), Image.Resampling.LANCZOS).crop((34, 0, 98, 48))
+    expected = torch.from_numpy(np.asarray(whole, np.float32)).permute(2, 0, 1)
+    torch.testing.assert_close((fitted.pixels + 1) * 127.5, expected, atol=1.01, rtol=0)
+
+
+def test_a_long_thin_picture_takes_no_more_memory_than_its_bucket():
+    # Scaled as a whole it would have 256 thousand megapixels.
+    fitted = fit_picture(Image.new("RGB", (1_000_000, 1), "red"), (512, 512))
+    assert fitted.pixels.shape == (3, 512, 512)
+    assert fitted.size.crop_top_left == (0, 255_999_744)
