@@ -29,7 +29,7 @@ types: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/train_step.py --out benchmarks/results
-	$(BIN)/python benchmarks/train_step.py --models tiny --busy --out benchmarks/results
+	$(BIN)/python benchmarks/train_step.py --models tiny --busy --steps-tiny 4 --rounds 1 --out benchmarks/results
 	$(BIN)/python benchmarks/generate.py --out benchmarks/results
 
 format: $(VENV)/.installed-dev
