@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdlora.assets import TINY_SD, scenes
+from sdlora.quiet import quiet_libraries
 
 UNCLEAR = "unclear"
 KINDS = (*scenes.OBJECTS, scenes.CONCEPT, UNCLEAR)
@@ -172,6 +173,7 @@ def main() -> None:
     scoring.add_argument("--guidance-scale", type=float, default=5.0)
     scoring.add_argument("--out", type=Path, default=Path("runs/judge"))
     given = parser.parse_args()
+    quiet_libraries()
     started = time.monotonic()
     if given.command == "train":
         from judge_training import train_judge
