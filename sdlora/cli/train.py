@@ -7,7 +7,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdlora import Engine, LoadedBase, TrainConfig, load_config, make_request, parse_config, save_picture, train
+from sdlora import (
+    Engine,
+    LoadedBase,
+    RunResult,
+    TrainConfig,
+    load_config,
+    make_request,
+    parse_config,
+    save_picture,
+    train,
+)
 from sdlora.config import SamplesSection, field_descriptions
 from sdlora.errors import ConfigError
 
@@ -22,17 +32,22 @@ def run(arguments: list[str]) -> int:
     """Train as the command line says; returns the exit status."""
     config = parse_arguments(arguments)
     result = train(config, preview=make_previews)
+    if result.main_process:
+        _report(result, config.training.steps)
+    return 130 if result.interrupted else 0
+
+
+def _report(result: RunResult, steps: int) -> None:
     if result.interrupted:
         print(
-            f"stopped after step {result.steps} of {config.training.steps}; the adapter is saved in "
+            f"stopped after step {result.steps} of {steps}; the adapter is saved in "
             f"{result.adapter}; go on with --training.resume True"
         )
-        return 130
+        return
     if result.loss_before is not None and result.loss_after is not None:
         print(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f}")
     print(result.effect.sentence())
     print(f"adapter: {result.adapter} ({result.adapter.stat().st_size / 1024:.0f} KB)")
-    return 0
 
 
 def parse_arguments(arguments: Sequence[str]) -> TrainConfig:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 
 from sdlora.adapters.inject import new_adapter
 from sdlora.config import SamplesSection, TrainConfig, require_complete, write_config
@@ -22,7 +23,7 @@ from sdlora.data.source import Dataset, fill_trigger, open_dataset
 from sdlora.diffusion import seed_from
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.families.base import LoadedBase
-from sdlora.families.registry import load_base
+from sdlora.families.registry import default_device, load_base
 from sdlora.storage import check_writable
 from sdlora.training.effect import Effect
 from sdlora.training.events import EventLog
@@ -48,6 +49,8 @@ class RunResult:
     loss_after: float | None
     effect: Effect
     seconds: dict[str, float]
+    main_process: bool
+    """Whether this process wrote the files and should speak of the run; of several launched ones, the first."""
 
 
 def train(config: TrainConfig, preview: Preview | None = None) -> RunResult:
@@ -60,11 +63,12 @@ def train(config: TrainConfig, preview: Preview | None = None) -> RunResult:
     require_complete(config)
     folder = Path(config.output.folder).expanduser()
     dataset, held_out = _open_data(config)
-    main = PartialState().is_main_process
+    processes = _processes()
+    main = processes.is_main_process
     if main:
         _claim_folder(folder, config)
         write_config(config, folder / "config.toml")
-    PartialState().wait_for_everyone()
+    processes.wait_for_everyone()
     accelerator = _accelerator(config, folder)
     events = EventLog(folder / "events.jsonl" if main else None)
     try:
@@ -78,8 +82,13 @@ def train(config: TrainConfig, preview: Preview | None = None) -> RunResult:
         events.close()
 
 
+def _processes() -> PartialState:
+    """Return the group of launched processes, which meet on the CPU where there is no GPU or --cpu was asked for."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu")
+
+
 def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-    """Return the process group; precision is the base's own affair, so the launcher's setting is left unused."""
+    """Return the group as the loop uses it; precision is the base's own affair, so the launcher's setting is left unused."""
     if config.output.tracker == "none":
         return Accelerator(mixed_precision="no")
     if importlib.util.find_spec(config.output.tracker) is None:
@@ -139,6 +148,7 @@ def _train(
         view.say(f"resuming after step {loop.step}")
     with _timed(seconds, "train"), stop_requests() as stop:
         outcome = loop.run(stop, folder)
+        accelerator.wait_for_everyone()  # the first process may still be writing
     return RunResult(
         adapter=outcome.adapter,
         folder=folder,
@@ -148,6 +158,7 @@ def _train(
         loss_after=outcome.loss_after,
         effect=outcome.effect,
         seconds={key: round(value, 3) for key, value in seconds.items()},
+        main_process=accelerator.is_main_process,
     )
 
 

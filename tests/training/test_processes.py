@@ -1,0 +1,48 @@
+"""Two launched processes, which share every step."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdlora.adapters.inject import new_adapter
+from sdlora.config import write_config
+from sdlora.data.batches import BatchOrder
+from sdlora.data.cache import encode_captions, encode_pictures
+from sdlora.data.source import open_dataset
+from sdlora.diffusion import seed_from
+from sdlora.training.events import read_events
+from sdlora.training.objective import batch_loss, training_generator
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_processes_average_their_gradients_and_write_once(configure: Any, tiny_base: Any, tmp_path: Path) -> None:
+    config = configure(training__steps=2, validation__folder="")
+    write_config(config, tmp_path / "run.toml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, ROOT / "train" / "train_lora.py", "--config", tmp_path / "run.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("adapter: ") == 1
+    folder = Path(config.output.folder)
+    assert (folder / f"{config.output.name}.safetensors").is_file()
+    steps = [event for event in read_events(folder / "events.jsonl") if event["event"] == "step"]
+    assert [step["step"] for step in steps] == [1, 2]
+
+    base = tiny_base("sd1")
+    examples = encode_pictures(base, open_dataset(config.data).samples, 64)
+    captions = encode_captions(base, [example.sample.caption for example in examples])
+    parameters = new_adapter(base, "trained", config.adapter, seed_from(config.training.seed, "adapter"))["unet"]
+    order = BatchOrder(examples, config.training.batch_size, config.data.repeats, config.training.seed)
+    for rank in range(2):
+        batch = [examples[index] for index in order.batch(rank)]
+        batch_loss(base, batch, captions, config, training_generator(config, rank, 0)).backward()
+    sums = [float(parameter.grad.square().sum()) for parameter in parameters if parameter.grad is not None]
+    assert steps[0]["gradient_norm"] == pytest.approx(math.sqrt(sum(sums)) / 2, rel=1e-3)
+    assert steps[0]["examples_seen"] == len(order.batch(0)) + len(order.batch(1))
