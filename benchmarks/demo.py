@@ -26,7 +26,7 @@ from sdlora.quiet import quiet_libraries
 from sdlora.storage import check_writable, write_bytes, write_json
 
 _CONFIG = Path(__file__).parents[1] / "train" / "example.toml"
-_STEPS, _GUIDANCE = 12, 3.0
+_STEPS, _GUIDANCE = 10, 3.0
 _PROMPTS, _SEEDS_EACH = 32, 2
 _JUDGED = _PROMPTS * _SEEDS_EACH
 _SHOWN = (
