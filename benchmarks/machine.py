@@ -92,7 +92,7 @@ def busy() -> Iterator[None]:
 
 
 def make_pictures(folder: Path, pixels: int, count: int = 4) -> Path:
-    """`folder` holds `count` drawn square pictures with captions; returns it."""
+    """`folder` holds `count` drawn square JPEG pictures with captions; returns it."""
     import numpy as np
     from PIL import Image
 
@@ -101,7 +101,7 @@ def make_pictures(folder: Path, pixels: int, count: int = 4) -> Path:
     for number in range(count):
         waves = [np.sin(ramp[:, None] * (number + 1) + ramp[None, :] * band) for band in range(3)]
         levels = (127.5 + 127.5 * np.stack(waves, axis=-1)).astype(np.uint8)
-        Image.fromarray(levels).save(folder / f"{number}.png")
+        Image.fromarray(levels).save(folder / f"{number}.jpg", quality=95)
         (folder / f"{number}.txt").write_text("a photo of a red circle", encoding="utf-8")
     return folder
 

@@ -35,7 +35,7 @@ class _Pictures(Dataset[dict[str, torch.Tensor]]):
     """Pictures decoded, resized and cropped whenever they are asked for."""
 
     def __init__(self, folder: Path, tokenizer: Any, pixels: int) -> None:
-        self._paths = sorted(folder.glob("*.png"))
+        self._paths = sorted(folder.glob("*.jpg"))
         self._tokenizer = tokenizer
         self._pixels = pixels
 

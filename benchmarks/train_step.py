@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {"machine": machine.describe(), "busy": options.busy, "runs": results}
     title = "Training step: batch 1, rank 4, attention layers"
     name = "train_step"
+    if options.file_pixels:
+        title, name = f"{title}, picture files of {options.file_pixels} pixels a side", f"{name}_files"
     if options.busy:
         title, name = f"{title}, beside another process that computes", f"{name}_busy"
     machine.report(name, title, [_table(results), _NOTES], result, options.out)
@@ -60,7 +62,7 @@ def _job(model: str, precision: str, options: argparse.Namespace, scratch: Path)
     return {
         "base": base,
         "precision": precision,
-        "pictures": machine.make_pictures(scratch / f"pictures-{pixels}", pixels),
+        "pictures": machine.make_pictures(scratch / f"pictures-{pixels}", options.file_pixels or pixels),
         "pixels": pixels,
         "rank": _RANK,
         "steps": _WARM_STEPS + (options.steps if model == "sd15" else options.steps_tiny),
@@ -204,6 +206,7 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     machine.common_options(parser)
     parser.add_argument("--steps", type=int, default=6, help="measured steps of a run, SD 1.5")
     parser.add_argument("--steps-tiny", type=int, default=60, help="measured steps of a run, other bases")
+    parser.add_argument("--file-pixels", type=int, default=0, help="side of the picture files; 0: as trained")
     parser.add_argument("--busy", action="store_true", help="beside a process that computes on all cores")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure the peer too")
     return parser.parse_args(words)
