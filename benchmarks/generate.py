@@ -29,7 +29,7 @@ _SECONDS = ("bare", "adapter", "load", "switch", "remove")
 def main(arguments: Sequence[str] | None = None) -> None:
     """The measurements are made, printed and, with --out, written."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if machine.is_measured_run(words, measure_job, **_JOB_FLAGS):
+    if machine.ran_as_child(words, measure_job, **_JOB_FLAGS):
         return
     options = _options(words)
     results = []

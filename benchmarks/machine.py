@@ -149,12 +149,12 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pixels", type=int, default=256, help="side of the pictures, for the SD 1.5 base")
 
 
-def is_measured_run(
+def ran_as_child(
     words: Sequence[str], measure: Callable[[argparse.Namespace], Mapping[str, Any]], **more: Mapping[str, Any]
 ) -> bool:
-    """Return whether `words` are those of `run_child`; the measured run is then made and printed.
+    """Make and print the measured run if `words` are those of `run_child`; return whether they were.
 
-    It is told base, precision, pixels, start time, and `more` (flag: its settings).
+    The run is told base, precision, pixels, start time, and `more` (flag: its settings).
     """
     if "--base" not in words:
         return False

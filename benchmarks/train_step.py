@@ -32,7 +32,7 @@ _JOB_FLAGS: dict[str, dict[str, Any]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The measurements are made, printed and, with --out, written."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if machine.is_measured_run(words, measure_job, **_JOB_FLAGS):
+    if machine.ran_as_child(words, measure_job, **_JOB_FLAGS):
         return
     options = _options(words)
     with tempfile.TemporaryDirectory() as scratch:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 {"model": model, "precision": precision, **_measure(job, options)}
                 for (model, precision), job in jobs.items()
             ]
-    result = {"machine": machine.describe(), "busy": options.busy, "runs": results}
+    result = {"machine": machine.describe(), "busy": options.busy, "file_pixels": options.file_pixels, "runs": results}
     title = "Training step: batch 1, rank 4, attention layers"
     name = "train_step"
     if options.file_pixels:

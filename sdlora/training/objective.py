@@ -21,7 +21,7 @@ from sdlora.diffusion import (
     step_generator,
     training_target,
 )
-from sdlora.families.base import Conditioning, LoadedBase
+from sdlora.families.base import Conditioning, LoadedBase, PictureSize
 
 CaptionRows = Mapping[str, Conditioning]
 """Encoded captions by their text; empty when the text encoder is trained and captions are encoded live."""
@@ -64,8 +64,10 @@ def batch_loss(
     if config.training.min_snr_gamma:
         snr = signal_to_noise(timesteps, base.alphas_cumprod)
         errors = errors * min_snr_weights(snr, config.training.min_snr_gamma, base.prediction).to(errors.device)
-    prior = torch.tensor([example.sample.prior for example in examples], device=errors.device)
-    errors = torch.where(prior, errors * config.training.prior_weight, errors)
+    if prior := _prior_rows(examples):
+        weights = torch.ones(count)
+        weights[prior] = config.training.prior_weight
+        errors = errors * weights.to(errors.device)
     return errors.sum() / config.training.batch_size
 
 
@@ -111,18 +113,31 @@ def _squared_errors(
     noisy = add_noise(latents, noise, timesteps, table).to(base.device, base.dtype)
     target = training_target(latents, noise, timesteps, table, base.prediction).to(base.device)
 
-    def predict(rows: Sequence[int]) -> torch.Tensor:
-        asked = [texts[row] for row in rows]
-        with autocast(base):
-            if captions:
-                conditioning = Conditioning.concatenate([captions[text] for text in asked]).to(base.device, base.dtype)
-            else:
-                conditioning = base.family.encode_prompts(base, asked)
-            sizes = [examples[row].size for row in rows]
-            return base.family.predict(base, noisy[rows], timesteps[rows].to(base.device), conditioning, sizes).float()
-
-    prior = [row for row, example in enumerate(examples) if example.sample.prior]
-    if prior:
+    sizes = [example.size for example in examples]
+    if prior := _prior_rows(examples):
+        rows = ([texts[row] for row in prior], captions, [sizes[row] for row in prior])
         with torch.no_grad(), adapters_off(base):
-            target = target.index_copy(0, torch.tensor(prior, device=target.device), predict(prior))
-    return (predict(range(len(examples))) - target).square().mean(dim=(1, 2, 3))
+            target[prior] = _predict(base, noisy[prior], timesteps[prior], *rows)
+    prediction = _predict(base, noisy, timesteps, texts, captions, sizes)
+    return (prediction - target).square().mean(dim=(1, 2, 3))
+
+
+def _prior_rows(examples: Sequence[CachedExample]) -> list[int]:
+    return [row for row, example in enumerate(examples) if example.sample.prior]
+
+
+def _predict(
+    base: LoadedBase,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    texts: Sequence[str],
+    captions: CaptionRows,
+    sizes: Sequence[PictureSize],
+) -> torch.Tensor:
+    """Return what the model, as it is now, predicts for noisy latents, [B,4,h,w] float32."""
+    with autocast(base):
+        if captions:
+            conditioning = Conditioning.concatenate([captions[text] for text in texts]).to(base.device, base.dtype)
+        else:
+            conditioning = base.family.encode_prompts(base, texts)
+        return base.family.predict(base, noisy, timesteps.to(base.device), conditioning, sizes).float()

@@ -88,7 +88,7 @@ def _processes() -> PartialState:
 
 
 def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-    """Return the group as the loop uses it; precision is the base's own affair, so the launcher's setting is left unused."""
+    """Return the group as the loop uses it; precision is the base's own affair, whatever the launcher says."""
     if config.output.tracker == "none":
         return Accelerator(mixed_precision="no")
     if importlib.util.find_spec(config.output.tracker) is None:
