@@ -126,8 +126,8 @@ def _make_sd15(folder: Path) -> Path:
     """
     if not (folder / "model_index.json").is_file():
         program = (
-            "import sys, torch; from sdlora.families.tiny import random_sd15; "
-            "base = random_sd15(torch.float32, torch.device('cpu')); "
+            "import sys, torch; from sdlora.families.tiny import random_base; "
+            "base = random_base('sd1', torch.float32, torch.device('cpu')); "
             "base.family.make_pipeline(base).save_pretrained(sys.argv[1])"
         )
         subprocess.run([sys.executable, "-c", program, str(folder)], check=True, capture_output=True)

@@ -20,7 +20,8 @@ from sdlora.errors import ConfigError
 from sdlora.storage import write_text
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-TARGET_PRESETS = ("cross-attention", "attention", "transformer")
+Quantization = Literal["none", "int8", "nf4"]
+TARGET_PRESETS = ("cross-attention", "attention", "transformer", "resnet")
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -49,6 +50,10 @@ class BaseSection(Section):
     """For a .safetensors checkpoint: folder or Hugging Face id of the tokenizer, when none is found."""
     precision: Precision = "auto"
     """Number format of the frozen base; auto: bf16 where the GPU has it, else fp16 on a GPU and fp32 on a CPU. The adapter is always fp32."""
+    quantize: Quantization = "none"
+    """Hold the linear layers of the UNet's attention blocks in fewer bits: int8, or nf4 with double quantisation (QLoRA)."""
+    prediction: Literal["auto", "epsilon", "v"] = "auto"
+    """What the UNet predicts; auto: as the base declares, measured where it declares nothing."""
 
 
 class DataSection(Section):
@@ -82,9 +87,11 @@ class AdapterSection(Section):
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
     """Scale of the update is alpha / rank."""
     targets: tuple[str, ...] = ("attention",)
-    """A preset (cross-attention, attention, transformer) or patterns of module paths such as "attn2.to_*"."""
+    """Presets (cross-attention, attention, transformer, resnet) or patterns of module paths such as "attn2.to_*"."""
     text_encoder: bool = False
-    """Also train LoRA in the text encoder's attention."""
+    """Also train LoRA in the text encoders."""
+    text_encoder_targets: tuple[str, ...] = ("attention",)
+    """Presets (attention, transformer) or patterns, when text_encoder is set."""
     dropout: ShareBelowOne = 0.0
     """Share of adapter inputs set to zero while training."""
 

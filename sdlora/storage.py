@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
-_CHUNK_BYTES = 1 << 20
+_REMEMBERED_FROM_BYTES = 64 << 20
 _DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -92,6 +93,46 @@ def sha256_of_file(path: Path, offset: int = 0) -> str:
     with path.open("rb") as file:
         file.seek(offset)
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_sha256(path: Path) -> str:
+    """SHA-256 of the file's bytes; of a large file it is remembered until its size or time of change differs.
+
+    The memory is one JSON file in the user's cache folder (`SDLORA_CACHE` names another). Where it cannot be
+    read or written, the file is hashed anew.
+    """
+    known = remembered_sha256(path)
+    if known:
+        return known
+    digest = sha256_of_file(path)
+    state = path.stat()
+    if state.st_size >= _REMEMBERED_FROM_BYTES:
+        entries = {name: entry for name, entry in _remembered_hashes().items() if Path(name).exists()}
+        entries[str(path.resolve())] = [state.st_size, state.st_mtime_ns, digest]
+        with contextlib.suppress(OutputError, OSError):
+            write_json(_cache_folder() / "hashes.json", entries)
+    return digest
+
+
+def remembered_sha256(path: Path) -> str:
+    """SHA-256 of a file that was hashed before and has not changed since, else ""."""
+    state = path.stat()
+    entry = _remembered_hashes().get(str(path.resolve()))
+    return str(entry[2]) if entry and entry[:2] == [state.st_size, state.st_mtime_ns] else ""
+
+
+def _remembered_hashes() -> dict[str, list[Any]]:
+    try:
+        entries = json.loads((_cache_folder() / "hashes.json").read_text(encoding="utf-8"))
+        return {str(name): entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 3}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _cache_folder() -> Path:
+    if named := os.environ.get("SDLORA_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "sdlora"
 
 
 def sha256_of_tensor_data(path: Path) -> str:

@@ -7,6 +7,7 @@ import os
 # Before any library is imported: these are read once.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["SDLORA_CACHE"] = os.devnull + "/none"  # nothing of the user's is read or written
 
 import socket
 from collections.abc import Callable, Iterator
@@ -58,13 +59,19 @@ def tiny_folder(tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def tiny_base(tiny_folder):
+def shape() -> str:
+    """The family of bases that a test asks for without naming one; some folders of tests go through them all."""
+    return "sd1"
+
+
+@pytest.fixture
+def tiny_base(tiny_folder, shape):
     """`tiny_base(shape)`: that base, freshly loaded on the CPU in float32."""
     from sdlora.config import BaseSection
     from sdlora.families.registry import load_base
 
-    def base(shape: str = "sd1"):
-        return load_base(BaseSection(path=str(tiny_folder(shape)), precision="fp32"), "cpu")
+    def base(wanted: str = shape):
+        return load_base(BaseSection(path=str(tiny_folder(wanted)), precision="fp32"), "cpu")
 
     return base
 
@@ -88,10 +95,9 @@ def make_adapter():
     ) -> AdapterFile:
         generator = torch.Generator().manual_seed(seed)
         live = {f"unet.{path}": base.unet.get_submodule(path) for path in match_targets(base.unet, patterns)}
-        if text_encoder:
-            encoder = base.text_encoders["text_encoder"]
-            for path in match_targets(encoder, base.family.text_encoder_targets):
-                live[f"text_encoder.text_model.{path.removeprefix('text_model.')}"] = encoder.get_submodule(path)
+        for name, encoder in base.text_encoders.items() if text_encoder else ():
+            for path in match_targets(encoder, ["attention"], base.family.text_encoder_presets):
+                live[f"{name}.text_model.{path.removeprefix('text_model.')}"] = encoder.get_submodule(path)
         layers = {}
         for path, module in live.items():
             out, inside, *kernel = module.weight.shape

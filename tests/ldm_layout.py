@@ -1,4 +1,4 @@
-"""Writes a diffusers pipeline in the layout of the original Stable Diffusion 1.x checkpoints.
+"""Writes a diffusers pipeline in the layout of the original Stable Diffusion checkpoints (1.x, 2.x, XL).
 
 Independent of diffusers' own conversion, which the tests check with it.
 """
@@ -23,6 +23,8 @@ _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -40,8 +42,28 @@ _VAE_ATTENTION = {
 }
 
 
-def write_checkpoint(pipeline, path: Path) -> dict[str, torch.Tensor]:
-    """`path` holds UNet, VAE and text encoder as one original checkpoint; returns its tensors."""
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_LAYERS = {
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def write_checkpoint(
+    pipeline, path: Path, *, metadata=None, markers=(), dtype=None, ema=False
+) -> dict[str, torch.Tensor]:
+    """`path` holds UNet, VAE and text encoders as one original checkpoint; returns its tensors.
+
+    `markers` are empty tensors by those names; with `ema` averaged UNet weights (all zero) lie beside.
+    """
     layers = pipeline.unet.config.layers_per_block
     blocks = len(pipeline.vae.config.block_out_channels)
     tensors = {}
@@ -51,14 +73,58 @@ def write_checkpoint(pipeline, path: Path) -> dict[str, torch.Tensor]:
         renamed = vae_name(name, blocks)
         one_by_one = ".attn_1." in renamed and ".norm." not in renamed and tensor.ndim == 2
         tensors["first_stage_model." + renamed] = tensor[..., None, None] if one_by_one else tensor
-    for name, tensor in pipeline.text_encoder.state_dict().items():
-        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
-    positions = torch.arange(77).unsqueeze(0)
-    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = positions
+    tensors |= _text_encoders(pipeline)
+    if ema:
+        unet = {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
+        for name, tensor in unet.items():
+            tensors["model_ema." + name.removeprefix("model.").replace(".", "")] = torch.zeros_like(tensor)
+    tensors = {name: tensor.detach().to(dtype).contiguous().clone() for name, tensor in tensors.items()}
     tensors["alphas_cumprod"] = pipeline.scheduler.alphas_cumprod
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(tensors, path)
+    tensors |= {marker: torch.zeros(0) for marker in markers}
+    save_file(tensors, path, metadata or {})
     return tensors
+
+
+def _text_encoders(pipeline) -> dict[str, torch.Tensor]:
+    if hasattr(pipeline, "text_encoder_2"):
+        second = open_clip(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
+        return clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.") | second
+    if not pipeline.unet.config.use_linear_projection:
+        return clip(pipeline.text_encoder, "cond_stage_model.transformer.")
+    tensors = open_clip(pipeline.text_encoder, "cond_stage_model.model.")
+    # The original has one more layer, whose output SD 2.x does not use.
+    last = pipeline.text_encoder.config.num_hidden_layers
+    start = f"cond_stage_model.model.transformer.resblocks.{last - 1}."
+    unused = {key.replace(f".{last - 1}.", f".{last}."): tensor for key, tensor in tensors.items() if start in key}
+    return tensors | unused
+
+
+def clip(encoder, prefix: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a text encoder by their names in transformers' first versions."""
+    tensors = {f"{prefix}text_model.{_flat(name)}": tensor for name, tensor in encoder.state_dict().items()}
+    tensors[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
+    return tensors
+
+
+def open_clip(encoder, prefix: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a text encoder by OpenCLIP's names: query, key and value in one matrix."""
+    stored = {_flat(name): tensor for name, tensor in encoder.state_dict().items()}
+    tensors = {theirs: stored[ours] for ours, theirs in _OPEN_CLIP.items()}
+    for number in range(encoder.config.num_hidden_layers):
+        ours, theirs = f"encoder.layers.{number}.", f"transformer.resblocks.{number}."
+        for kind in ("weight", "bias"):
+            parts = [stored[f"{ours}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+            tensors[f"{theirs}attn.in_proj_{kind}"] = torch.cat(parts)
+            for layer, name in _OPEN_CLIP_LAYERS.items():
+                tensors[f"{theirs}{name}.{kind}"] = stored[f"{ours}{layer}.{kind}"]
+    width = encoder.config.hidden_size
+    projection = stored.get("text_projection.weight", torch.zeros(width, width))
+    tensors |= {"text_projection": projection.T, "logit_scale": torch.tensor(4.6)}
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _flat(name: str) -> str:
+    return name.removeprefix("text_model.")
 
 
 def unet_name(name: str, layers: int, unet) -> str:

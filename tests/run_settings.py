@@ -23,10 +23,10 @@ def _draw_pictures(folder: Path, count: int, seed: int) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_folder: Any) -> dict[str, Any]:
+def settings(tmp_path: Path, tiny_folder: Any, shape: str) -> dict[str, Any]:
     """Values of a whole configuration that trains in about a second."""
     return {
-        "base": {"path": str(tiny_folder("sd1")), "precision": "fp32"},
+        "base": {"path": str(tiny_folder(shape)), "precision": "fp32"},
         "data": {"folder": str(_draw_pictures(tmp_path / "pictures", 6, 0)), "trigger": "zorb"},
         "adapter": {"rank": 4, "alpha": 4},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},

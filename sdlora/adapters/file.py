@@ -12,7 +12,7 @@ import torch
 from sdlora.adapters.formats import kohya
 from sdlora.adapters.layers import LoraLayer
 from sdlora.errors import ConfigError, FormatError
-from sdlora.storage import read_tensors, serialize_tensors, write_bytes
+from sdlora.storage import read_header, read_tensors, serialize_tensors, write_bytes
 
 FORMATS = ("kohya",)
 
@@ -26,6 +26,7 @@ class AdapterFile:
 
     layers: Mapping[str, LoraLayer]
     family: str
+    """"sd1", "sd2", "sdxl", or "" where the file does not tell."""
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def components(self) -> dict[str, int]:
@@ -47,8 +48,8 @@ def read_adapter(path: Path | str) -> AdapterFile:
     if not file.exists():
         raise FormatError(f"{file}: there is no such adapter file")
     tensors, metadata = read_tensors(file)
-    family = kohya.family_of(tensors, metadata)
-    if family == "sdxl" or not kohya.recognises(tensors):
+    family = kohya.family_of({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
+    if not kohya.recognises(tensors):
         raise FormatError(f"{file}: {_describe_foreign(tensors)}")
     try:
         layers, unknown = kohya.read(tensors)
@@ -61,6 +62,15 @@ def read_adapter(path: Path | str) -> AdapterFile:
     return AdapterFile(layers, family, metadata)
 
 
+def adapter_family(path: Path | str) -> str:
+    """Return the family of an adapter file, "" where it does not tell, from its header alone. Raises FormatError."""
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise FormatError(f"{file}: there is no such adapter file")
+    header = read_header(file)
+    return kohya.family_of({key: entry.shape for key, entry in header.tensors.items()}, header.metadata)
+
+
 def write_adapter(adapter: AdapterFile, path: Path | str, format: str = "kohya") -> None:
     """`path` holds the adapter in `format`; equal adapters give equal bytes.
 
@@ -71,7 +81,7 @@ def write_adapter(adapter: AdapterFile, path: Path | str, format: str = "kohya")
         raise ConfigError(f"adapter format {format!r} is unknown; known: {', '.join(FORMATS)}")
     if name := _first_non_finite(adapter.layers):
         raise FormatError(f"{path}: layer {name} holds NaN or infinity; not written")
-    tensors = kohya.write(adapter.layers)
+    tensors = kohya.write(adapter.layers, adapter.family)
     metadata = dict(adapter.metadata)
     metadata |= kohya.hashes(tensors)
     write_bytes(Path(path).expanduser(), serialize_tensors(tensors, metadata))
@@ -99,8 +109,6 @@ def _describe_foreign(tensors: Mapping[str, torch.Tensor]) -> str:
     keys = sorted(tensors)
     if any(key.startswith(("model.diffusion_model.", "conditioner.", "first_stage_model.")) for key in keys):
         return "is a whole Stable Diffusion checkpoint, not an adapter; give it as --base"
-    if any(key.startswith(("lora_te1_", "lora_te2_", *kohya.LDM_BLOCKS)) for key in keys):
-        return "is an adapter for Stable Diffusion XL, which this version does not support yet"
     if any(".hada_" in key or ".lokr_" in key or "oft_" in key for key in keys):
         return "is a LyCORIS adapter (LoHa, LoKr or OFT), which this version does not read"
     if any("lora_A" in key or ".lora.down" in key for key in keys):

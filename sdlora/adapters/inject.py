@@ -15,7 +15,9 @@ from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.layers import LoraLayer
 from sdlora.config import AdapterSection
 from sdlora.errors import ModelError
-from sdlora.families.base import LoadedBase, match_targets
+from sdlora.families.base import LoadedBase, ModelFamily, match_targets
+from sdlora.families.detect import FAMILIES
+from sdlora.families.quantize import full_weight
 
 _TEXT_MODEL = "text_model."
 
@@ -25,10 +27,7 @@ def new_adapter(base: LoadedBase, name: str, section: AdapterSection, seed: int)
 
     down is drawn from `seed`, up is zero, so the model's output is unchanged until the first step.
     """
-    targets = {"unet": match_targets(base.unet, _patterns(base, section.targets))}
-    if section.text_encoder:
-        for component, encoder in base.text_encoders.items():
-            targets[component] = match_targets(encoder, base.family.text_encoder_targets)
+    targets = choose_targets(base, section)
     parameters: dict[str, list[nn.Parameter]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,12 +50,23 @@ def new_adapter(base: LoadedBase, name: str, section: AdapterSection, seed: int)
     return parameters
 
 
+def choose_targets(base: LoadedBase, section: AdapterSection) -> dict[str, list[str]]:
+    """Return the paths of the layers that get an adapter, by component. Raises ConfigError."""
+    targets = {"unet": match_targets(base.unet, section.targets, base.family.target_presets)}
+    if section.text_encoder:
+        presets = base.family.text_encoder_presets
+        for component, encoder in base.text_encoders.items():
+            targets[component] = match_targets(encoder, section.text_encoder_targets, presets)
+    return targets
+
+
 def add_adapter(base: LoadedBase, name: str, adapter: AdapterFile) -> None:
     """The adapter is in place under `name`, not yet active, its weights in the base's precision.
 
     Raises ModelError, with the base unchanged, when a layer is missing from the base or has another
     shape there: such an adapter was made for another kind of base.
     """
+    refuse_other_family(adapter.family, base.family, base.source.name)
     modules = dict(base.components())
     located = {path: _locate(modules, path) for path in adapter.layers}
     _check_fit(base, adapter, located)
@@ -167,13 +177,8 @@ def base_weight_norms(base: LoadedBase, paths: Sequence[str]) -> dict[str, float
     for path in paths:
         component, _, inside = _locate(modules, path).partition(".")
         layer = _bare(modules[component].get_submodule(inside))
-        norms[path] = float(layer.weight.detach().float().norm())
+        norms[path] = float(full_weight(layer).norm())
     return norms
-
-
-def _patterns(base: LoadedBase, targets: Sequence[str]) -> list[str]:
-    presets = base.family.target_presets
-    return [pattern for target in targets for pattern in presets.get(target, (target,))]
 
 
 def _lora_layers(base: LoadedBase) -> Iterator[Any]:
@@ -210,6 +215,15 @@ def _locate(modules: Mapping[str, nn.Module], path: str) -> str:
             continue
         return f"{component}.{candidate}"
     return ""
+
+
+def refuse_other_family(adapter_family: str, family: ModelFamily, base_name: str) -> None:
+    """Raise ModelError where an adapter says that it was made for another family than the base's."""
+    if adapter_family and adapter_family != family.name:
+        theirs = next((known.title for known in FAMILIES if known.name == adapter_family), adapter_family)
+        raise ModelError(
+            f"the adapter is for {theirs}, the base {base_name} is {family.title}; choose one that fits it"
+        )
 
 
 def _check_fit(base: LoadedBase, adapter: AdapterFile, located: Mapping[str, str]) -> None:

@@ -67,4 +67,4 @@ def training_metadata(config: TrainConfig, base: LoadedBase, facts: TrainingFact
         metadata["ss_text_encoder_lr"] = f"{config.optimizer.text_encoder_learning_rate:g}"
     if trigger:
         metadata["modelspec.trigger_phrase"] = trigger
-    return metadata | base.family.metadata[base.prediction]
+    return metadata | dict(base.family.metadata[base.prediction])

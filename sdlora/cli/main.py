@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train an adapter on a folder of pictures",
     "generate": "make pictures, with or without adapters",
     "app": "open the web page",
+    "doctor": "check this machine and installation",
 }
 
 _HELP = f"""usage: sdlora COMMAND [OPTIONS]

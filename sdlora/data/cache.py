@@ -76,10 +76,10 @@ def encode_pictures(
     return [examples[index] for index in range(len(samples))]
 
 
-def encode_captions(base: LoadedBase, captions: Iterable[str], batch_size: int = 16) -> dict[str, Conditioning]:
-    """Return {caption: its conditioning, one row, on the CPU} for all captions and the empty one."""
-    unique = sorted({*captions, ""})
-    rows: dict[str, Conditioning] = {}
+def encode_captions(base: LoadedBase, captions: Iterable[str], batch_size: int = 16) -> dict[str | None, Conditioning]:
+    """Return {caption: its conditioning, one row, on the CPU} for all captions, and under None that of no prompt."""
+    unique: list[str | None] = [None, *sorted(set(captions))]
+    rows: dict[str | None, Conditioning] = {}
     with torch.no_grad():
         for start in range(0, len(unique), batch_size):
             part = unique[start : start + batch_size]

@@ -9,15 +9,19 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
 from sdlora.diffusion import Prediction
 from sdlora.errors import ConfigError
+
+PREDICTION_TYPES: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_prediction"}
+"""Our names of what a UNet predicts -> the library's."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,11 @@ class PictureSize:
 
 @dataclass
 class LoadedBase:
-    """The components of one base on one device. VAE and text encoders can be dropped to save memory."""
+    """The components of one base on one device.
+
+    So that they need not be in memory all at once, VAE and text encoders can be dropped, and the UNet's
+    weights can come later: until `fetch_unet` it has its structure alone.
+    """
 
     family: ModelFamily
     source: BaseSource
@@ -79,11 +87,22 @@ class LoadedBase:
     resolution: int
     sampler_config: dict[str, Any] = field(default_factory=dict)
     """The scheduler that the base ships with, as its folder describes it; `scheduler` is for training."""
+    zero_without_prompt: bool = False
+    """Where there is no prompt, the conditioning is zero instead of that of an empty text."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how this base was understood."""
+    unet_loader: Callable[[], None] | None = None
 
     @property
     def prediction(self) -> Prediction:
         """What the UNet was trained to predict."""
-        return "v" if self.scheduler.config.prediction_type == "v_prediction" else "epsilon"
+        return "v" if self.scheduler.config.prediction_type == PREDICTION_TYPES["v"] else "epsilon"
+
+    def fetch_unet(self) -> None:
+        """The UNet's weights are on the device. Raises ModelError where they are not what they should be."""
+        if self.unet_loader is not None:
+            self.unet_loader()
+            self.unet_loader = None
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -99,10 +118,11 @@ class LoadedBase:
         if self.vae is not None:
             yield "vae", self.vae
 
-    def drop_encoders(self) -> None:
+    def drop_encoders(self, *, keep_text: bool = False) -> None:
         """VAE and text encoders are freed; pictures and prompts can no longer be encoded."""
         self.vae = None
-        self.text_encoders = {}
+        if not keep_text:
+            self.text_encoders = {}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -126,23 +146,24 @@ class ModelFamily(Protocol):
 
     name: str
     title: str
-    default_resolution: int
-    text_encoder_prefixes: dict[str, str]
-    """Component name -> the prefix of its keys in kohya's adapter format."""
-    metadata: dict[Prediction, dict[str, str]]
+    resolutions: Mapping[Prediction, int]
+    """Side of the pictures it was trained on, in pixels, where a base does not say so itself."""
+    text_encoders: Mapping[str, EncoderPart]
+    vae_overflows: bool
+    """Whether the VAE gives NaN in float16, unless its own settings say otherwise."""
+    metadata: Mapping[Prediction, Mapping[str, str]]
     """Per prediction type, the fixed ss_* and modelspec.* entries by which other programs tell the family."""
-    target_presets: dict[str, tuple[str, ...]]
+    target_presets: Mapping[str, tuple[str, ...]]
     """Preset name -> patterns of UNet module paths."""
-    text_encoder_targets: tuple[str, ...]
+    text_encoder_presets: Mapping[str, tuple[str, ...]]
+    """Preset name -> patterns of text-encoder module paths."""
 
-    def load(
-        self, source: BaseSource, device: torch.device, dtype: torch.dtype, variant: str | None = None
-    ) -> LoadedBase:
-        """Return the base of the diffusers folder `source.path`. Raises ModelError."""
+    def recognises_unet(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a UNet of this configuration (a diffusers config.json) is one of this family's."""
         ...
 
-    def from_pipeline(self, pipeline: Any, source: BaseSource, device: torch.device) -> LoadedBase:
-        """Return the base made of a diffusers pipeline's components."""
+    def assemble(self, parts: BaseParts, device: torch.device, dtype: torch.dtype) -> LoadedBase:
+        """Return the base made of `parts`, frozen; the UNet's weights come with `fetch_unet`. Raises ModelError."""
         ...
 
     def encode_images(self, base: LoadedBase, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,8 +174,11 @@ class ModelFamily(Protocol):
         """Return pixels [B,3,H,W] float32 in [0,1] of scaled latents [B,4,H/8,W/8]."""
         ...
 
-    def encode_prompts(self, base: LoadedBase, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of `prompts`; gradients flow where the text encoder has trained weights."""
+    def encode_prompts(self, base: LoadedBase, prompts: Sequence[str | None]) -> Conditioning:
+        """Return the conditioning of `prompts`, where None is no prompt at all, as in the unguided half of guidance.
+
+        Gradients flow where a text encoder has trained weights.
+        """
         ...
 
     def predict(
@@ -177,21 +201,51 @@ class ModelFamily(Protocol):
         ...
 
 
-def match_targets(module: torch.nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Return the sorted paths of the linear and convolution layers that any pattern matches.
+@dataclass(frozen=True)
+class EncoderPart:
+    """One text encoder of a family: its transformers class, and the prefix of its keys in an original checkpoint."""
 
-    A pattern matches the end of a path, from a dot on, with shell wildcards: "attn2.to_k", "attn*.to_*",
-    "ff.net.0.proj". Raises ConfigError for a pattern that matches nothing.
+    kind: Any
+    checkpoint_prefix: str
+    pad_token: str = ""
+    """What fills up the tokens of a short prompt; empty: the end token."""
+
+
+@dataclass(frozen=True)
+class BaseParts:
+    """What a base is assembled of, wherever it was found."""
+
+    source: BaseSource
+    unet: Any
+    """Its structure, as yet without weights."""
+    fill_unet: Callable[[], None]
+    vae: Any
+    text_encoders: dict[str, Any]
+    tokenizers: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    index: dict[str, Any] = field(default_factory=dict)
+    """The folder's model_index.json."""
+
+
+def match_targets(
+    module: torch.nn.Module, targets: Sequence[str], presets: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> list[str]:
+    """Return the sorted paths of the linear and convolution layers that any target matches.
+
+    A target is the name of a preset, or a pattern that matches the end of a path, from a dot on, with shell
+    wildcards: "attn2.to_k", "attn*.to_*", "ff.net.0.proj". Raises ConfigError for a target that matches
+    nothing.
     """
     paths = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
     chosen: set[str] = set()
-    for pattern in patterns:
-        expression = re.compile(rf"(.*\.)?{fnmatch.translate(pattern)}")
+    for target in targets:
+        patterns = presets.get(target, (target,))
+        expression = re.compile("|".join(rf"(?:.*\.)?{fnmatch.translate(pattern)}" for pattern in patterns))
         found = [path for path in paths if expression.match(path)]
         if not found:
+            known = f"{', '.join(presets)}, or " if presets else ""
             raise ConfigError(
-                f"adapter.targets: {pattern!r} matches no layer of this base; "
-                "name cross-attention, attention or transformer, or a pattern such as 'attn2.to_k'"
+                f"adapter.targets: {target!r} matches no layer of this base; name {known}a pattern such as 'attn2.to_k'"
             )
         chosen.update(found)
     return sorted(chosen)

@@ -5,6 +5,8 @@ They serve tests and benchmarks; nothing here is used when a real base is loaded
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,18 +21,22 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdlora.assets import CONFIGS, TINY_SD
-from sdlora.families.base import BaseSource, LoadedBase
-from sdlora.families.sd import SD1
+from sdlora.diffusion import Prediction
+from sdlora.families.base import PREDICTION_TYPES, BaseParts, BaseSource, LoadedBase
+from sdlora.families.detect import FAMILIES
 
 Shape = Literal["sd1", "sd2", "sdxl"]
 _WIDTH = 32
+_PLAIN: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def tiny_pipeline(shape: Shape, seed: int = 0) -> Any:
+def tiny_pipeline(shape: Shape, seed: int = 0, prediction: Prediction | None = None) -> Any:
     """Return an untrained diffusers pipeline with the structure of `shape` and a few 100,000 weights.
 
-    64 px pictures, 8x downsampling, 4 latent channels; the same seed gives the same weights.
+    64 px pictures, 8x downsampling, 4 latent channels; the same seed gives the same weights. It predicts
+    v for sd2 and epsilon otherwise, unless told.
     """
+    predicts = prediction or ("v" if shape == "sd2" else "epsilon")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = {
@@ -41,65 +47,67 @@ def tiny_pipeline(shape: Shape, seed: int = 0) -> Any:
                 beta_schedule="scaled_linear",
                 skip_prk_steps=True,
                 steps_offset=1,
-                prediction_type="v_prediction" if shape == "sd2" else "epsilon",
+                prediction_type=PREDICTION_TYPES[predicts],
             ),
             "unet": _tiny_unet(shape),
             "text_encoder": _tiny_text_encoder(CLIPTextModel),
-            "tokenizer": _tokenizer(),
+            "tokenizer": _tokenizer("!" if shape == "sd2" else ""),
         }
         if shape == "sdxl":
             return StableDiffusionXLPipeline(
                 **parts,
                 text_encoder_2=_tiny_text_encoder(CLIPTextModelWithProjection),
-                tokenizer_2=_tokenizer(),
+                tokenizer_2=_tokenizer("!"),
                 add_watermarker=False,
             )
-        return StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+        return StableDiffusionPipeline(**parts, **_PLAIN)
 
 
-def save_tiny(shape: Shape, folder: Path, seed: int = 0) -> Path:
+def save_tiny(shape: Shape, folder: Path, seed: int = 0, prediction: Prediction | None = None) -> Path:
     """`folder` holds the tiny pipeline in diffusers format; returns it."""
-    tiny_pipeline(shape, seed).save_pretrained(folder)
+    tiny_pipeline(shape, seed, prediction).save_pretrained(folder)
     return folder
 
 
-def random_sd15(dtype: torch.dtype, device: torch.device, *, encoders: bool = True) -> LoadedBase:
-    """Return a base of the true SD 1.5 architecture with random weights, for measuring speed and memory.
+def random_base(shape: Shape, dtype: torch.dtype, device: torch.device, *, encoders: bool = True) -> LoadedBase:
+    """Return a base of the true architecture with random weights, for measuring speed and memory.
 
     Built in `dtype` from the start, so that the peak is the model's own size. Without `encoders` only
-    the UNet is there (860 M weights).
+    the UNet is there (SD 1.5: 860 M weights).
     """
-
-    def build(make: Any) -> Any:
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            return make()
-        finally:
-            torch.set_default_dtype(default)
-
-    folder = CONFIGS / "sd1"
-    with torch.random.fork_rng(devices=[]):
+    family = next(family for family in FAMILIES if family.name == shape)
+    folder = CONFIGS / shape
+    with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
         torch.manual_seed(0)
-        unet = build(lambda: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")))
-        vae = build(lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")))
-        text = build(lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")))
-    pipeline = StableDiffusionPipeline(
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+        texts = {
+            name: part.kind(part.kind.config_class.from_pretrained(folder / name))
+            for name, part in family.text_encoders.items()
+        }
+    parts = BaseParts(
+        source=BaseSource(f"random-{shape}", folder, "0" * 64),
+        unet=unet.to(device).to(memory_format=torch.channels_last),
+        fill_unet=lambda: None,
         vae=vae,
-        text_encoder=text,
-        tokenizer=_tokenizer(),
-        unet=unet,
-        scheduler=PNDMScheduler.from_pretrained(folder / "scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        text_encoders=texts,
+        tokenizers={name: _tokenizer(part.pad_token) for name, part in family.text_encoders.items()},
+        scheduler_config=dict(PNDMScheduler.load_config(folder / "scheduler")),
     )
-    base = SD1.from_pipeline(pipeline, BaseSource("random-sd15", folder, "0" * 64), device)
+    base = family.assemble(parts, device, dtype)
     if not encoders:
         base.drop_encoders()
     return base
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _tiny_vae() -> AutoencoderKL:
@@ -125,7 +133,7 @@ def _tiny_unet(shape: Shape) -> UNet2DConditionModel:
     }
     if shape == "sdxl":
         return UNet2DConditionModel(
-            **{**common, "cross_attention_dim": 2 * _WIDTH},
+            **{**common, "cross_attention_dim": 2 * _WIDTH, "layers_per_block": 2},
             block_out_channels=(32, 64),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -164,5 +172,10 @@ def _tiny_text_encoder(kind: Any) -> Any:
     )
 
 
-def _tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(TINY_SD / "tokenizer")
+def _tokenizer(pad_token: str = "") -> CLIPTokenizer:
+    folder = TINY_SD / "tokenizer"
+    return (
+        CLIPTokenizer.from_pretrained(folder, pad_token=pad_token)
+        if pad_token
+        else CLIPTokenizer.from_pretrained(folder)
+    )

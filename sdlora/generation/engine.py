@@ -149,7 +149,7 @@ class Engine:
             return tensors
 
         with torch.no_grad(), self._autocast():
-            prompts = self.base.family.encode_prompts(self.base, [request.prompt, request.negative_prompt])
+            prompts = self.base.family.encode_prompts(self.base, [request.prompt, request.negative_prompt or None])
             latents = self._pipeline(
                 **self.base.family.pipeline_conditioning(prompts, len(seeds)),
                 num_inference_steps=request.steps,

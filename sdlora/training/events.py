@@ -3,6 +3,7 @@
 Every line has `event` and `time` (seconds since 1970). The kinds and their fields:
 
 - start: steps, pictures, trainable_parameters, device, precision, resumed_at_step
+- warning: reason (the run goes on, but something about it looks wrong)
 - step: step, loss, gradient_norm, learning_rate, examples_seen, images_per_second, eta_seconds
 - skipped: step, reason (an optimizer step left out because of a non-finite loss or gradient)
 - validation: step, loss
@@ -20,7 +21,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["start", "step", "skipped", "validation", "sample", "sample_failed", "checkpoint", "done", "failed"]
+Kind = Literal[
+    "start", "warning", "step", "skipped", "validation", "sample", "sample_failed", "checkpoint", "done", "failed"
+]
 
 
 class EventLog:

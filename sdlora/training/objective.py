@@ -23,8 +23,8 @@ from sdlora.diffusion import (
 )
 from sdlora.families.base import Conditioning, LoadedBase, PictureSize
 
-CaptionRows = Mapping[str, Conditioning]
-"""Encoded captions by their text; empty when the text encoder is trained and captions are encoded live."""
+CaptionRows = Mapping[str | None, Conditioning]
+"""Encoded captions by their text, None standing for no prompt; empty when the text encoder is trained and captions are encoded live."""
 
 
 def autocast(base: LoadedBase) -> AbstractContextManager[Any]:
@@ -58,7 +58,7 @@ def batch_loss(
     mean = torch.stack([example.mean[v] for v, example in zip(chosen, examples, strict=True)])
     std = torch.stack([example.std[v] for v, example in zip(chosen, examples, strict=True)])
     latents = latents_from_posterior(mean, std, posterior_noise)
-    texts = ["" if drop else e.sample.caption for drop, e in zip(dropped.tolist(), examples, strict=True)]
+    texts = [None if drop else e.sample.caption for drop, e in zip(dropped.tolist(), examples, strict=True)]
 
     errors = _squared_errors(base, latents, noise, timesteps, texts, captions, examples)
     if config.training.min_snr_gamma:
@@ -104,7 +104,7 @@ def _squared_errors(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     captions: CaptionRows,
     examples: Sequence[CachedExample],
 ) -> torch.Tensor:
@@ -130,7 +130,7 @@ def _predict(
     base: LoadedBase,
     noisy: torch.Tensor,
     timesteps: torch.Tensor,
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     captions: CaptionRows,
     sizes: Sequence[PictureSize],
 ) -> torch.Tensor:

@@ -13,16 +13,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from sdlora.adapters.inject import new_adapter
+from sdlora.adapters.inject import choose_targets, new_adapter
 from sdlora.config import SamplesSection, TrainConfig, require_complete, write_config
 from sdlora.data.cache import CachedExample, encode_captions, encode_pictures
 from sdlora.data.source import Dataset, fill_trigger, open_dataset
 from sdlora.diffusion import seed_from
 from sdlora.errors import ConfigError, SdloraError
-from sdlora.families.base import LoadedBase
+from sdlora.families.base import Conditioning, LoadedBase
+from sdlora.families.prediction import check_prediction
 from sdlora.families.registry import default_device, load_base
 from sdlora.storage import check_writable
 from sdlora.training.effect import Effect
@@ -35,6 +37,8 @@ from sdlora.training.state import load_newest_state, run_identity
 
 Preview = Callable[[LoadedBase, str, SamplesSection, Path], Sequence[Path]]
 """Makes the sample pictures: (base, name of its live adapter, what to make, folder) -> written files."""
+
+_CHECKED_PICTURES = 4
 
 
 @dataclass(frozen=True)
@@ -111,16 +115,24 @@ def _train(
 ) -> RunResult:
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
-        base = load_base(config.base, accelerator.device)
+        base = load_base(config.base, accelerator.device, unet=False)
+    choose_targets(base, config.adapter)  # a wrong pattern is found before the pictures are encoded
     view = ProgressView(visible=accelerator.is_main_process)
-    view.say(f"base {base.source.name}: {base.family.title}, {base.dtype} on {base.device}".replace("torch.", ""))
+    kind = f"{base.family.title}, predicts {base.prediction}, {base.dtype} on {base.device}"
+    view.say(f"base {base.source.name}: {kind}".replace("torch.", ""))
+    for note in base.notes:
+        view.say(note)
     view.say(dataset.summary())
     with _timed(seconds, "encode"):
         examples, validation, captions = _encode(config, base, dataset, held_out, view)
     if preview is None or not config.samples.prompts:
         preview = None
-        if not config.adapter.text_encoder:
-            base.drop_encoders()
+        base.drop_encoders(keep_text=config.adapter.text_encoder)
+    with _timed(seconds, "load"):
+        base.fetch_unet()
+    if warning := _check_prediction(base, examples, captions):
+        events.write("warning", reason=warning)
+        view.say(f"WARNING: {warning}")
 
     seed = seed_from(config.training.seed, "adapter")
     parameters = new_adapter(base, ADAPTER, config.adapter, seed)
@@ -214,10 +226,23 @@ def _encode(
     )
     held_out_samples = held_out.samples if held_out else ()
     validation = encode_pictures(base, held_out_samples, resolution, buckets=config.data.buckets)
-    captions: dict[str, Any] = {}
+    captions: dict[str | None, Any] = {}
     if not config.adapter.text_encoder:
         captions = encode_captions(base, (s.caption for s in (*dataset.samples, *held_out_samples)))
     return examples, validation, captions
+
+
+def _check_prediction(base: LoadedBase, examples: Sequence[CachedExample], captions: CaptionRows) -> str:
+    """Return a warning where the base seems to predict something else than it is taken to, else ""."""
+    batch = [example for example in examples if example.bucket == examples[0].bucket][:_CHECKED_PICTURES]
+    texts = [example.sample.caption for example in batch]
+    if captions:
+        conditioning = Conditioning.concatenate([captions[text] for text in texts])
+    else:
+        with torch.no_grad():
+            conditioning = base.family.encode_prompts(base, texts)
+    latents = torch.stack([example.mean[0] for example in batch])
+    return check_prediction(base, latents, conditioning, [example.size for example in batch])
 
 
 def _sampler(
@@ -258,4 +283,4 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        seconds[name] = time.perf_counter() - started
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started

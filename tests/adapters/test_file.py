@@ -5,29 +5,32 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
+from sdlora.adapters.file import AdapterFile, adapter_family, read_adapter, write_adapter
 from sdlora.adapters.layers import LoraLayer
 from sdlora.errors import ConfigError, FormatError
 from sdlora.storage import read_header, sha256_of_tensor_data
 
 PATH = "unet.mid_block.attentions.0.proj_in"
 NAME = "lora_unet_mid_block_attentions_0_proj_in"
+VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2_v", "sdxl": "sdxl_base_v1-0"}
 
 
 def adapter_of(layer: LoraLayer) -> AdapterFile:
     return AdapterFile({PATH: layer}, "sd1")
 
 
-def test_write_read_write_gives_the_same_bytes(tiny_base, make_adapter, tmp_path):
+def test_write_read_write_gives_the_same_bytes(tiny_base, make_adapter, tmp_path, shape):
     base = tiny_base()
     adapter = make_adapter(base, alpha=0.7)
-    adapter = replace(adapter, metadata={"ss_output_name": "zorb", "note": "ä"})
+    adapter = replace(
+        adapter, metadata={"ss_output_name": "zorb", "note": "ä", "ss_base_model_version": VERSIONS[shape]}
+    )
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     write_adapter(adapter, first)
     read = read_adapter(first)
     write_adapter(read, second)
     assert first.read_bytes() == second.read_bytes()
-    assert read.family == "sd1"
+    assert read.family == shape == adapter_family(first)
     assert read.metadata["ss_output_name"] == "zorb"
     assert set(read.layers) == set(adapter.layers)
     for path, layer in adapter.layers.items():
@@ -57,8 +60,9 @@ def test_the_hashes_in_the_header_are_recomputed(tmp_path):
 
 
 def test_components_are_counted(tiny_base, make_adapter):
-    adapter = make_adapter(tiny_base())
-    assert set(adapter.components()) == {"unet", "text_encoder"}
+    base = tiny_base()
+    adapter = make_adapter(base)
+    assert set(adapter.components()) == {"unet", *base.text_encoders}
     assert adapter.components()["text_encoder"] == 8
     assert sum(adapter.components().values()) == len(adapter.layers)
 
@@ -99,8 +103,6 @@ REFUSED = {
     "mixed LyCORIS": ({**pair(), "lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "is a LyCORIS adapter"),
     "LyCORIS": ({"lora_unet_conv_in.lokr_w1": torch.ones(1)}, "is a LyCORIS adapter"),
     "bundle": ({**pair(), "bundle_emb.cat.emb_params": torch.ones(1, 4)}, "textual-inversion embedding besides"),
-    "SDXL": (pair("lora_unet_input_blocks_4_1_proj_in"), "Stable Diffusion XL, which this version does not support"),
-    "SDXL text": (pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"), "Stable Diffusion XL"),
     "PEFT": (pair("unet.conv_in", ("lora_A.weight", "lora_B.weight")), "diffusers or PEFT format"),
     "diffusers": (pair("unet.conv_in", ("lora.down.weight", "lora.up.weight")), "diffusers or PEFT format"),
     "checkpoint": ({"model.diffusion_model.out.2.bias": torch.ones(4)}, "is a whole Stable Diffusion checkpoint"),

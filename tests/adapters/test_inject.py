@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
 from sdlora.adapters.inject import (
@@ -19,8 +19,8 @@ from sdlora.adapters.inject import (
 from sdlora.adapters.layers import LoraLayer
 from sdlora.config import AdapterSection
 from sdlora.errors import ConfigError, ModelError
+from sdlora.families.base import Conditioning, PictureSize
 
-SHAPES = ["sd1", "sd2"]
 RANK4 = AdapterSection(rank=4, alpha=2.0, targets=("transformer",), text_encoder=True)
 
 
@@ -28,8 +28,10 @@ def unet_output(base) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     states = torch.randn(2, 77, base.unet.config.cross_attention_dim, generator=generator)
+    pooled = torch.randn(2, 32, generator=generator)
+    sizes = [PictureSize((64, 64), (0, 0), (64, 64))] * 2
     with torch.no_grad():
-        return base.unet(latents, torch.tensor([10, 700]), encoder_hidden_states=states).sample
+        return base.family.predict(base, latents, torch.tensor([10, 700]), Conditioning(states, pooled), sizes)
 
 
 def text_output(base) -> torch.Tensor:
@@ -61,7 +63,8 @@ def add_to_weights(base, adapter: AdapterFile, weight: float = 1.0) -> None:
     for path, layer in adapter.layers.items():
         component, inside = path.split(".", 1)
         module = dict(base.components())[component]
-        live = module.get_submodule(inside if component == "unet" else inside.removeprefix("text_model."))
+        flat = inside.removeprefix("text_model.")
+        live = module.get_submodule(inside if component == "unet" or hasattr(module, "text_model") else flat)
         with torch.no_grad():
             live.weight += weight * layer.delta_weight()
 
@@ -69,16 +72,15 @@ def add_to_weights(base, adapter: AdapterFile, weight: float = 1.0) -> None:
 # --- a file's adapter --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_an_adapter_acts_as_its_delta_added_to_the_weights(tiny_base, make_adapter, shape):
-    base, dense = tiny_base(shape), tiny_base(shape)
+def test_an_adapter_acts_as_its_delta_added_to_the_weights(tiny_base, make_adapter):
+    base, dense = tiny_base(), tiny_base()
     adapter = make_adapter(base)
     bare = outputs(base)
     add_adapter(base, "one", adapter)
     assert_same_bits(outputs(base), bare)  # in place, not yet active
     for weight in (1.0, 0.5, -0.75):
         set_adapter_weights(base, {"one": weight})
-        expected = tiny_base(shape)
+        expected = tiny_base()
         add_to_weights(expected, adapter, weight)
         assert_close(outputs(base), outputs(expected))
     assert_different(outputs(base), bare)
@@ -113,26 +115,27 @@ def test_two_adapters_act_as_the_sum_of_their_deltas(tiny_base, make_adapter):
     assert_close(outputs(base), outputs(alone))
 
 
-def test_layers_may_have_ranks_of_their_own(tiny_base, make_adapter):
+def test_layers_may_have_ranks_of_their_own(tiny_base, make_adapter, shape):
     base, expected = tiny_base(), tiny_base()
     paths = list(make_adapter(base).layers)
     layers = {path: make_adapter(base, rank=1 + index % 3, seed=index).layers[path] for index, path in enumerate(paths)}
-    adapter = AdapterFile(layers, "sd1")
+    adapter = AdapterFile(layers, shape)
     add_adapter(base, "one", adapter)
     set_adapter_weights(base, {"one": 1.0})
     add_to_weights(expected, adapter)
     assert_close(outputs(base), outputs(expected))
 
 
-def test_linear_weights_fit_a_one_by_one_convolution_and_back(tiny_base, make_adapter):
-    for shape, fold in (("sd1", lambda t: t.flatten(1)), ("sd2", lambda t: t[..., None, None])):
-        base, expected = tiny_base(shape), tiny_base(shape)
-        adapter = make_adapter(base, patterns=("attentions.*.proj_in",), text_encoder=False)
-        add_to_weights(expected, adapter)
-        folded = {p: LoraLayer(fold(layer.down), fold(layer.up), layer.alpha) for p, layer in adapter.layers.items()}
-        add_adapter(base, "one", replace(adapter, layers=folded))
-        set_adapter_weights(base, {"one": 1.0})
-        assert_close([unet_output(base)], [unet_output(expected)])
+@pytest.mark.parametrize("shape", ["sd1", "sd2"])
+def test_linear_weights_fit_a_one_by_one_convolution_and_back(tiny_base, make_adapter, shape):
+    fold = {"sd1": lambda t: t.flatten(1), "sd2": lambda t: t[..., None, None]}[shape]
+    base, expected = tiny_base(), tiny_base()
+    adapter = make_adapter(base, patterns=("attentions.*.proj_in",), text_encoder=False)
+    add_to_weights(expected, adapter)
+    folded = {p: LoraLayer(fold(layer.down), fold(layer.up), layer.alpha) for p, layer in adapter.layers.items()}
+    add_adapter(base, "one", replace(adapter, layers=folded))
+    set_adapter_weights(base, {"one": 1.0})
+    assert_close([unet_output(base)], [unet_output(expected)])
 
 
 def test_remove_gives_the_very_module_objects_back(tiny_base, make_adapter):
@@ -179,7 +182,7 @@ def wrong_adapters(base, make_adapter):
     linear = next(path for path in good.layers if path.endswith("to_q"))
     down, up = good.layers[conv].down, good.layers[conv].up
     yield "missing layer", changed(good, "unet.mid_block.attentions.7.proj_in", good.layers[linear])
-    yield "missing component", changed(good, "text_encoder_2.encoder.layers.0.mlp.fc1", good.layers[linear])
+    yield "missing component", changed(good, "text_encoder_3.encoder.layers.0.mlp.fc1", good.layers[linear])
     yield "wrong width", changed(good, linear, LoraLayer(torch.ones(2, 999), torch.ones(32, 2), 1.0))
     yield "wrong kernel", changed(good, conv, LoraLayer(down[..., :1, :1], up, 1.0))
     yield (
@@ -210,24 +213,43 @@ def test_an_adapter_of_another_base_is_refused_and_the_base_is_as_before(tiny_ba
 
 
 def test_the_refusal_names_the_base_that_the_file_names(tiny_base, make_adapter):
-    base = tiny_base("sd2")
-    adapter = replace(make_adapter(tiny_base("sd1")), metadata={"ss_sd_model_name": "dreamy-v5"})
-    with pytest.raises(ModelError, match=r"Stable Diffusion 2\.x.*layers differ.*the file says dreamy-v5"):
+    base = tiny_base()
+    adapter = replace(make_adapter(base), metadata={"ss_sd_model_name": "dreamy-v5"})
+    with pytest.raises(ModelError, match=r"Stable Diffusion .*layers differ.*the file says dreamy-v5"):
         add_adapter(
             base, "wrong", replace(adapter, layers={**adapter.layers, "unet.x": next(iter(adapter.layers.values()))})
         )
 
 
-def test_diffusers_own_loader_gives_the_same_output(tiny_base, tiny_folder, make_adapter, tmp_path):
+def test_an_adapter_of_another_family_is_refused_naming_both(tiny_base, make_adapter, shape):
+    base = tiny_base()
+    for other in {"sd1", "sd2", "sdxl"} - {shape}:
+        theirs = tiny_base(other)
+        with pytest.raises(ModelError) as caught:
+            add_adapter(base, "wrong", make_adapter(theirs))
+        assert f"the adapter is for {theirs.family.title}" in str(caught.value)
+        assert f"is {base.family.title}" in str(caught.value)
+    assert not hasattr(base.unet, "peft_config")
+
+
+def test_an_adapter_of_unknown_family_is_tried_by_its_layers(tiny_base, make_adapter):
+    base = tiny_base()
+    add_adapter(base, "one", replace(make_adapter(base), family=""))
+    set_adapter_weights(base, {"one": 1.0})
+    assert_different(outputs(base), outputs(tiny_base()))
+
+
+def test_diffusers_own_loader_gives_the_same_output(tiny_base, tiny_folder, make_adapter, tmp_path, shape):
     base = tiny_base()
     adapter = make_adapter(base, alpha=0.6)
     path = tmp_path / "a.safetensors"
     write_adapter(adapter, path)
     add_adapter(base, "one", read_adapter(path))
     set_adapter_weights(base, {"one": 1.0})
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder("sd1"), safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder(shape))
     pipeline.load_lora_weights(str(path))
-    theirs = replace(base, unet=pipeline.unet, text_encoders={"text_encoder": pipeline.text_encoder})
+    encoders = {name: getattr(pipeline, name) for name in base.text_encoders}
+    theirs = replace(base, unet=pipeline.unet, text_encoders=encoders)
     assert_close(outputs(base), outputs(theirs))
     assert_different(outputs(theirs), outputs(tiny_base()))
 
@@ -235,13 +257,12 @@ def test_diffusers_own_loader_gives_the_same_output(tiny_base, tiny_folder, make
 # --- an adapter to be trained ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_new_adapter_leaves_the_output_bit_identical(tiny_base, shape):
-    base = tiny_base(shape)
+def test_a_new_adapter_leaves_the_output_bit_identical(tiny_base):
+    base = tiny_base()
     bare = outputs(base)
     parameters = new_adapter(base, "trained", RANK4, seed=7)
     assert_same_bits(outputs(base), bare)
-    assert set(parameters) == {"unet", "text_encoder"}
+    assert set(parameters) == {"unet", *base.text_encoders}
     for trained in parameters.values():
         assert len(trained) % 2 == 0
         assert all(p.dtype == torch.float32 and p.requires_grad for p in trained)
@@ -268,7 +289,9 @@ def test_gradients_reach_every_trained_weight_and_no_other(tiny_base):
     base = tiny_base()
     parameters = new_adapter(base, "trained", RANK4, seed=7)
     conditioning = base.family.encode_prompts(base, ["a ball"])
-    base.family.predict(base, torch.randn(1, 4, 8, 8), torch.tensor([5]), conditioning, []).square().mean().backward()
+    size = PictureSize((64, 64), (0, 0), (64, 64))
+    output = base.family.predict(base, torch.randn(1, 4, 8, 8), torch.tensor([5]), conditioning, [size])
+    output.square().mean().backward()
     ups = [p for trained in parameters.values() for p in trained[1::2]]
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in ups[: len(parameters["unet"]) // 2])
     assert all(p.grad is None for name, p in base.unet.named_parameters() if ".lora_" not in name)
@@ -307,25 +330,25 @@ def test_adapters_off_shows_the_bare_base_and_restores_also_after_an_exception(t
     assert_same_bits(outputs(base), bare)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 def test_extract_write_read_add_gives_the_live_adapters_output(tiny_base, tmp_path, shape):
-    base = tiny_base(shape)
+    base = tiny_base()
     parameters = new_adapter(base, "trained", RANK4, seed=7)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for trained in parameters.values():
             for parameter in trained:
                 parameter += torch.randn(parameter.shape, generator=generator) * 0.2
+                parameter.requires_grad_(False)  # torch may multiply by other kernels where gradients are wanted
     live = outputs(base)
     path = tmp_path / "a.safetensors"
     write_adapter(AdapterFile(extract_adapter(base, "trained"), shape), path)
     read = read_adapter(path)
     assert any(p.startswith("text_encoder.text_model.encoder.layers.0.self_attn") for p in read.layers)
-    other = tiny_base(shape)
+    other = tiny_base()
     add_adapter(other, "file", read)
     set_adapter_weights(other, {"file": 1.0})
     assert_same_bits(outputs(other), live)
-    assert_different(live, outputs(tiny_base(shape)))
+    assert_different(live, outputs(tiny_base()))
     again = extract_adapter(other, "file")
     assert {path: layer.alpha for path, layer in again.items()} == dict.fromkeys(read.layers, 2.0)
     assert all(torch.equal(again[p].down, layer.down) for p, layer in read.layers.items())

@@ -110,10 +110,10 @@ def test_validation_loss_is_the_same_every_time(prepared: Any) -> None:
     assert len(losses) == 1
 
 
-def test_dropped_captions_train_the_empty_one(prepared: Any) -> None:
+def test_dropped_captions_train_what_no_prompt_gives(prepared: Any) -> None:
     config, base, examples, captions = prepared
     always = config.model_copy(update={"data": config.data.model_copy(update={"caption_dropout": 1.0})})
-    empty = dict.fromkeys(captions, captions[""])
+    empty = dict.fromkeys(captions, captions[None])
     with torch.no_grad():
         dropped = float(batch_loss(base, examples, captions, always, step_generator(0, 0, 0)))
         same = float(batch_loss(base, examples, empty, config, step_generator(0, 0, 0)))

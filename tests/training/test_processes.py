@@ -22,6 +22,7 @@ from sdlora.training.objective import batch_loss, training_generator
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize("shape", ["sd1"])  # launching is the same for every family
 def test_two_processes_average_their_gradients_and_write_once(configure: Any, tiny_base: Any, tmp_path: Path) -> None:
     config = configure(training__steps=2, validation__folder="")
     write_config(config, tmp_path / "run.toml")
@@ -35,7 +36,7 @@ def test_two_processes_average_their_gradients_and_write_once(configure: Any, ti
     steps = [event for event in read_events(folder / "events.jsonl") if event["event"] == "step"]
     assert [step["step"] for step in steps] == [1, 2]
 
-    base = tiny_base("sd1")
+    base = tiny_base()
     examples = encode_pictures(base, open_dataset(config.data).samples, 64)
     captions = encode_captions(base, [example.sample.caption for example in examples])
     parameters = new_adapter(base, "trained", config.adapter, seed_from(config.training.seed, "adapter"))["unet"]

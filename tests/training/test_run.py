@@ -201,27 +201,49 @@ def test_clipping_really_clips(configure: Any, monkeypatch: pytest.MonkeyPatch) 
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-    result = train(configure(optimizer__kind="adamw", optimizer__clip_norm=1e-4))
+    result = train(configure(optimizer__kind="adamw", optimizer__clip_norm=1e-5))
     norms = [e["gradient_norm"] for e in read_events(result.folder / "events.jsonl") if e["event"] == "step"]
-    assert min(norms) > 1e-3, "the gradients must be larger than the bound for this to mean anything"
-    assert seen == pytest.approx([1e-4] * 6, rel=1e-2)
+    assert min(norms) > 5e-5, "the gradients must be larger than the bound for this to mean anything"
+    assert seen == pytest.approx([1e-5] * 6, rel=2e-2)
 
 
-def test_text_encoder_is_trained_when_asked(configure: Any) -> None:
+UNET_LAYERS = {"sd1": 16, "sd2": 16, "sdxl": 48}
+TEXT_KEYS = {"sd1": ["lora_te"], "sd2": ["lora_te"], "sdxl": ["lora_te1", "lora_te2"]}
+VERSIONS = {
+    "sd1": ("sd_v1", "False", "stable-diffusion-v1/lora"),
+    "sd2": ("sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
+    "sdxl": ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+}
+
+
+def test_text_encoders_are_trained_when_asked(configure: Any, shape: str) -> None:
     result = train(configure(adapter__text_encoder=True, adapter__targets=("cross-attention",)))
     adapter = read_adapter(result.adapter)
-    assert adapter.components() == {"text_encoder": 8, "unet": 16}
+    encoders = {"text_encoder": 8} | ({"text_encoder_2": 8} if shape == "sdxl" else {})
+    assert adapter.components() == {"unet": UNET_LAYERS[shape]} | encoders
     keys = read_header(result.adapter).tensors
-    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in keys
-    assert all(float(layer.up.abs().max()) > 0 for layer in adapter.layers.values())
+    for prefix in TEXT_KEYS[shape]:
+        assert f"{prefix}_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in keys
+    # SDXL takes the first encoder's states before its last layer, which therefore learns nothing.
+    unused = "text_encoder.text_model.encoder.layers.1." if shape == "sdxl" else "none"
+    changed = {path: float(layer.up.abs().max()) > 0 for path, layer in adapter.layers.items()}
+    assert changed == {path: not path.startswith(unused) for path in changed}
 
 
-def test_metadata_tells_the_run_but_no_captions_or_paths(configure: Any) -> None:
+def test_text_encoder_targets_choose_the_layers(configure: Any, shape: str) -> None:
+    result = train(configure(adapter__text_encoder=True, adapter__text_encoder_targets=("transformer",)))
+    assert read_adapter(result.adapter).components()["text_encoder"] == 12
+
+
+def test_metadata_tells_the_run_but_no_captions_or_paths(configure: Any, shape: str) -> None:
     result = train(configure())
-    metadata = read_adapter(result.adapter).metadata
+    adapter = read_adapter(result.adapter)
+    metadata = adapter.metadata
+    assert adapter.family == shape
     assert metadata["ss_network_dim"] == "4" and metadata["ss_network_module"] == "networks.lora"
-    assert metadata["ss_base_model_version"] == "sd_v1" and metadata["ss_v2"] == "False"
-    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    told = ("ss_base_model_version", "ss_v2", "modelspec.architecture")
+    assert tuple(metadata[key] for key in told) == VERSIONS[shape]
+    assert metadata["modelspec.prediction_type"] == ("v" if shape == "sd2" else "epsilon")
     assert metadata["modelspec.trigger_phrase"] == "zorb"
     assert json.loads(metadata["ss_tag_frequency"]) == {"adapter": {"zorb": 6}}
     assert metadata["sshs_model_hash"] == sha256_of_tensor_data(result.adapter)

@@ -1,8 +1,9 @@
 """The format of kohya's trainer, which AUTOMATIC1111, Forge, ComfyUI and InvokeAI read.
 
 `<prefix>_<module path, dots as underscores>.{lora_down.weight, lora_up.weight, alpha}`; prefix
-`lora_unet` for the UNet and `lora_te` for the text encoder of SD 1.x and 2.x. alpha is a 0-d tensor; a
-missing one means scale 1.
+`lora_unet` for the UNet, `lora_te` for the text encoder of SD 1.x and 2.x, `lora_te1` and `lora_te2` for
+those of SDXL. SDXL's UNet modules go by their names in the original code, the others' by diffusers'.
+alpha is a 0-d tensor; a missing one means scale 1.
 """
 
 from __future__ import annotations
@@ -14,37 +15,58 @@ from typing import Any
 
 import torch
 
+from sdlora.adapters.formats.ldm_names import from_ldm, to_ldm
 from sdlora.adapters.layers import LoraLayer
 from sdlora.errors import FormatError
 from sdlora.storage import serialize_tensors
 
-_PREFIXES = {"lora_unet_": "unet.", "lora_te_": "text_encoder."}
-LDM_BLOCKS = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
-"""How keys of an SDXL adapter begin: the UNet's blocks by their names in the original checkpoint."""
-
+_UNET = "lora_unet_"
+_TEXT_PREFIXES = {
+    "sd1": {"text_encoder": "lora_te_"},
+    "sd2": {"text_encoder": "lora_te_"},
+    "sdxl": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+}
+_COMPONENTS = {_UNET: "unet"} | {
+    prefix: component for prefixes in _TEXT_PREFIXES.values() for component, prefix in prefixes.items()
+}
+_LDM_KEYED = ("sdxl",)
+_LDM_BLOCKS = tuple(f"{_UNET}{name}_" for name in ("input_blocks", "middle_block", "output_blocks"))
 _SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 # Module names that hold underscores themselves; everything else between underscores is one step of the path.
 _COMPOUND = (
     "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "time_emb_proj", "conv_shortcut", "proj_in",
-    "proj_out", "conv_in", "conv_out", "time_embedding", "linear_1", "linear_2", "to_q", "to_k", "to_v", "to_out",
-    "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj",
+    "proj_out", "conv_in", "conv_out", "time_embedding", "add_embedding", "linear_1", "linear_2", "to_q", "to_k",
+    "to_v", "to_out", "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj",
+    "input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers", "emb_layers", "skip_connection",
+    "time_embed", "label_emb",
 )  # fmt: skip
 _STEP = re.compile("|".join((*sorted(_COMPOUND, key=len, reverse=True), "[A-Za-z0-9]+")))
 
 
 def recognises(keys: Iterable[str]) -> bool:
     """Return whether the keys are kohya's: at least one complete-looking LoRA tensor."""
-    return any(key.startswith(tuple(_PREFIXES)) and key.endswith(_SUFFIXES[:2]) for key in keys)
+    return any(key.startswith(tuple(_COMPONENTS)) and key.endswith(_SUFFIXES[:2]) for key in keys)
 
 
-def family_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Return "sd1", "sd2" or "sdxl", told from key style, then metadata, then cross-attention width."""
-    if any(key.startswith(("lora_te1_", "lora_te2_", *LDM_BLOCKS)) for key in tensors):
+def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str:
+    """Return "sd1", "sd2" or "sdxl", told from key style, then metadata, then cross-attention width; "" if untold.
+
+    `shapes` are those of the file's tensors, which its header holds.
+    """
+    if any(key.startswith((*_TEXT_PREFIXES["sdxl"].values(), *_LDM_BLOCKS)) for key in shapes):
         return "sdxl"
-    if metadata.get("ss_v2") == "True" or metadata.get("ss_base_model_version", "").startswith("sd_v2"):
+    version = metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
+    if version.startswith("sdxl_") or "stable-diffusion-xl" in version:
+        return "sdxl"
+    if metadata.get("ss_v2") == "True" or "sd_v2" in version or "stable-diffusion-v2" in version:
         return "sd2"
-    width = {t.shape[1] for key, t in tensors.items() if key.endswith("attn2_to_k.lora_down.weight") and t.ndim > 1}
-    return "sd2" if width == {1024} else "sd1"
+    widths = {
+        shape[1] for key, shape in shapes.items() if key.endswith("attn2_to_k.lora_down.weight") and len(shape) > 1
+    }
+    by_width = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+    if len(widths) == 1 and (width := widths.pop()) in by_width:
+        return by_width[width]
+    return "sd1" if "sd_v1" in version or "stable-diffusion-v1" in version else ""
 
 
 def read(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, LoraLayer], tuple[str, ...]]:
@@ -53,39 +75,66 @@ def read(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, LoraLayer], tup
     unknown = []
     for key in sorted(tensors):
         name, _, suffix = key.partition(".")
-        if suffix in _SUFFIXES and name.startswith(tuple(_PREFIXES)) and key_name(module_path(name)) == name:
+        if suffix in _SUFFIXES and name.startswith(tuple(_COMPONENTS)) and _leads_back(name):
             groups.setdefault(name, {})[suffix] = tensors[key]
         else:
             unknown.append(key)
-    layers = {module_path(name): _layer(name, parts) for name, parts in groups.items()}
+    layers: dict[str, LoraLayer] = {}
+    for name, parts in groups.items():
+        path = module_path(name)
+        if path in layers:
+            raise FormatError(f"{name} names a layer that the file holds under another name too")
+        layers[path] = _layer(name, parts)
     return layers, tuple(unknown)
 
 
-def write(layers: Mapping[str, LoraLayer]) -> dict[str, torch.Tensor]:
+def write(layers: Mapping[str, LoraLayer], family: str) -> dict[str, torch.Tensor]:
     """Return the tensors of the file, alpha as stored by the format, a 0-d tensor of the weights' type."""
     tensors = {}
     for path, layer in layers.items():
-        name = key_name(path)
+        name = key_name(path, family)
         tensors[f"{name}.lora_down.weight"] = layer.down
         tensors[f"{name}.lora_up.weight"] = layer.up
         tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=layer.down.dtype)
     return tensors
 
 
-def key_name(path: str) -> str:
-    """Return the key of a module path: "unet.mid_block.x" gives "lora_unet_mid_block_x"."""
-    for prefix, component in _PREFIXES.items():
-        if path.startswith(component):
-            return prefix + path.removeprefix(component).replace(".", "_")
-    raise FormatError(f"layer {path!r} has no place in kohya's format (known: {', '.join(_PREFIXES.values())})")
+def key_name(path: str, family: str) -> str:
+    """Return the key of a module path: "unet.mid_block.x" gives "lora_unet_mid_block_x" in SD 1.x and 2.x.
+
+    A file of unknown family is written as one of SD 1.x. Raises FormatError for a path without a place.
+    """
+    component, _, inside = path.partition(".")
+    prefixes = {"unet": _UNET} | _TEXT_PREFIXES[family or "sd1"]
+    name = to_ldm(inside) if component == "unet" and family in _LDM_KEYED else inside
+    if component not in prefixes or not name:
+        raise FormatError(f"layer {path!r} has no place in kohya's format for {family}")
+    return prefixes[component] + name.replace(".", "_")
 
 
 def module_path(name: str) -> str:
-    """Return the module path of a key: the inverse of `key_name`, without needing a model."""
-    for prefix, component in _PREFIXES.items():
+    """Return the module path of a key, "" where it names none: the inverse of `key_name`, without needing a model."""
+    for prefix, component in _COMPONENTS.items():
         if name.startswith(prefix):
-            return component + ".".join(_STEP.findall(name.removeprefix(prefix)))
-    raise FormatError(f"key {name!r} does not start with one of {', '.join(_PREFIXES)}")
+            inside = ".".join(_STEP.findall(name.removeprefix(prefix)))
+            if name.startswith(_LDM_BLOCKS) or inside.startswith(("time_embed.", "label_emb.", "out.")):
+                inside = from_ldm(inside)
+            return f"{component}.{inside}" if inside else ""
+    raise FormatError(f"key {name!r} does not start with one of {', '.join(_COMPONENTS)}")
+
+
+def _leads_back(name: str) -> bool:
+    """Return whether the key is what the path it is read as is written as, in some family."""
+    path = module_path(name)
+    if not path:
+        return False
+    for family in _TEXT_PREFIXES:
+        try:
+            if key_name(path, family) == name:
+                return True
+        except FormatError:
+            continue
+    return False
 
 
 def hashes(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

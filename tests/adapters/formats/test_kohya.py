@@ -2,15 +2,11 @@ import hashlib
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora.adapters.formats import kohya
 from sdlora.adapters.layers import LoraLayer
-from sdlora.assets import CONFIGS
 from sdlora.errors import FormatError
 from sdlora.families.base import match_targets
-from sdlora.families.sd import SD1
 from sdlora.storage import serialize_tensors
 
 # Keys as kohya's trainer writes them, and the diffusers modules that they mean.
@@ -32,18 +28,30 @@ KEYS = {
     "lora_te_text_model_encoder_layers_5_mlp_fc1": "text_encoder.text_model.encoder.layers.5.mlp.fc1",
 }  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def sd15_unet():
-    """The true SD 1.5 architecture without memory for its weights."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / "sd1" / "unet"))
-
-
-@pytest.fixture(scope="module")
-def sd15_text_encoder():
-    with torch.device("meta"):
-        return CLIPTextModel(CLIPTextConfig.from_pretrained(CONFIGS / "sd1" / "text_encoder"))
+# SDXL's UNet goes by the names of the original code, blocks numbered through.
+SDXL_KEYS = {
+    "lora_unet_input_blocks_0_0": "unet.conv_in",
+    "lora_unet_input_blocks_1_0_in_layers_2": "unet.down_blocks.0.resnets.0.conv1",
+    "lora_unet_input_blocks_2_0_emb_layers_1": "unet.down_blocks.0.resnets.1.time_emb_proj",
+    "lora_unet_input_blocks_3_0_op": "unet.down_blocks.0.downsamplers.0.conv",
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "lora_unet_input_blocks_4_0_skip_connection": "unet.down_blocks.1.resnets.0.conv_shortcut",
+    "lora_unet_input_blocks_5_1_transformer_blocks_1_attn2_to_out_0": "unet.down_blocks.1.attentions.1.transformer_blocks.1.attn2.to_out.0",
+    "lora_unet_input_blocks_8_1_transformer_blocks_9_ff_net_0_proj": "unet.down_blocks.2.attentions.1.transformer_blocks.9.ff.net.0.proj",
+    "lora_unet_middle_block_0_out_layers_3": "unet.mid_block.resnets.0.conv2",
+    "lora_unet_middle_block_1_proj_in": "unet.mid_block.attentions.0.proj_in",
+    "lora_unet_middle_block_1_transformer_blocks_9_ff_net_2": "unet.mid_block.attentions.0.transformer_blocks.9.ff.net.2",
+    "lora_unet_middle_block_2_in_layers_2": "unet.mid_block.resnets.1.conv1",
+    "lora_unet_output_blocks_0_1_proj_out": "unet.up_blocks.0.attentions.0.proj_out",
+    "lora_unet_output_blocks_2_2_conv": "unet.up_blocks.0.upsamplers.0.conv",
+    "lora_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_v": "unet.up_blocks.1.attentions.2.transformer_blocks.1.attn2.to_v",
+    "lora_unet_output_blocks_8_0_skip_connection": "unet.up_blocks.2.resnets.2.conv_shortcut",
+    "lora_unet_out_2": "unet.conv_out",
+    "lora_unet_time_embed_0": "unet.time_embedding.linear_1",
+    "lora_unet_label_emb_0_2": "unet.add_embedding.linear_2",
+    "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+    "lora_te2_text_model_encoder_layers_31_mlp_fc2": "text_encoder_2.text_model.encoder.layers.31.mlp.fc2",
+}  # fmt: skip
 
 
 def layer_paths(module: torch.nn.Module, prefix: str) -> list[str]:
@@ -53,42 +61,50 @@ def layer_paths(module: torch.nn.Module, prefix: str) -> list[str]:
 @pytest.mark.parametrize("key", KEYS)
 def test_keys_and_module_paths(key):
     assert kohya.module_path(key) == KEYS[key]
-    assert kohya.key_name(KEYS[key]) == key
+    assert kohya.key_name(KEYS[key], "sd1") == kohya.key_name(KEYS[key], "sd2") == key
 
 
-def test_every_layer_of_sd15_comes_back_from_its_key(sd15_unet, sd15_text_encoder):
-    paths = layer_paths(sd15_unet, "unet.") + layer_paths(sd15_text_encoder, "text_encoder.text_model.")
-    assert len(paths) == 282 + 72
-    assert [kohya.module_path(kohya.key_name(path)) for path in paths] == paths
-    assert len({kohya.key_name(path) for path in paths}) == len(paths)
+@pytest.mark.parametrize("key", SDXL_KEYS)
+def test_keys_and_module_paths_of_sdxl(key):
+    assert kohya.module_path(key) == SDXL_KEYS[key]
+    assert kohya.key_name(SDXL_KEYS[key], "sdxl") == key
 
 
-@pytest.mark.parametrize("shape", ["sd1", "sd2"])
+def test_sdxl_in_diffusers_spelling_is_read_too():
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    layers, unknown = kohya.read(pair(name))
+    assert unknown == ()
+    assert list(layers) == [SDXL_KEYS["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"]]
+
+
+def test_one_layer_in_both_spellings_is_refused():
+    both = pair("lora_unet_down_blocks_1_attentions_0_proj_in") | pair("lora_unet_input_blocks_4_1_proj_in")
+    with pytest.raises(FormatError, match="names a layer that the file holds under another name too"):
+        kohya.read(both)
+
+
 def test_every_layer_of_the_tiny_bases_comes_back_from_its_key(tiny_base, shape):
-    paths = layer_paths(tiny_base(shape).unet, "unet.")
+    paths = layer_paths(tiny_base().unet, "unet.")
+    names = [kohya.key_name(path, shape) for path in paths]
     assert len(paths) > 60
-    assert [kohya.module_path(kohya.key_name(path)) for path in paths] == paths
-
-
-@pytest.mark.parametrize(("preset", "count"), [("cross-attention", 64), ("attention", 128), ("transformer", 192)])
-def test_module_counts_of_the_presets_on_sd15(sd15_unet, preset, count):
-    assert len(match_targets(sd15_unet, SD1.target_presets[preset])) == count
-
-
-def test_module_count_of_sd15s_text_encoder(sd15_text_encoder):
-    assert len(match_targets(sd15_text_encoder, SD1.text_encoder_targets)) == 48
+    assert [kohya.module_path(name) for name in names] == paths
+    assert len(set(names)) == len(names)
 
 
 def test_paths_and_keys_without_a_place_are_refused():
     with pytest.raises(FormatError, match=r"layer 'vae\.decoder' has no place in kohya's format"):
-        kohya.key_name("vae.decoder")
+        kohya.key_name("vae.decoder", "sd1")
+    with pytest.raises(FormatError, match=r"layer 'text_encoder_2\.x' has no place in kohya's format for sd2"):
+        kohya.key_name("text_encoder_2.x", "sd2")
+    with pytest.raises(FormatError, match="has no place in kohya's format for sdxl"):
+        kohya.key_name("unet.conv_norm_out", "sdxl")
     with pytest.raises(FormatError, match="key 'lora_te3_x' does not start with"):
         kohya.module_path("lora_te3_x")
 
 
 def test_write_gives_these_tensors():
     layer = LoraLayer(torch.ones(2, 3), torch.zeros(4, 2), 0.5)
-    tensors = kohya.write({"unet.mid_block.attentions.0.proj_in": layer})
+    tensors = kohya.write({"unet.mid_block.attentions.0.proj_in": layer}, "sd1")
     name = "lora_unet_mid_block_attentions_0_proj_in"
     assert set(tensors) == {f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"}
     assert tensors[f"{name}.alpha"].shape == ()
@@ -140,7 +156,8 @@ def test_read_names_what_it_does_not_know():
         "lora_unet_conv_in.dora_scale": torch.ones(4),
         "bundle_emb.cat.string_to_param.*": torch.ones(1, 8),
         **pair("lora_unet_mid__block_x"),
-        **pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+        **pair("lora_unet_input_blocks_3_1_proj_in"),
+        **pair("lora_unet_output_blocks_4_0_in_layers_0"),
     }
     layers, unknown = kohya.read({**pair(), **extra})
     assert list(layers) == ["unet.conv_in"]
@@ -150,7 +167,7 @@ def test_read_names_what_it_does_not_know():
 def test_recognises():
     assert kohya.recognises(pair())
     assert not kohya.recognises({"lora_unet_conv_in.alpha": 0})
-    assert not kohya.recognises({"unet.conv_in.lora_A.weight": 0, "lora_te1_x.lora_up.weight": 0})
+    assert not kohya.recognises({"unet.conv_in.lora_A.weight": 0, "lora_te3_x.lora_up.weight": 0})
 
 
 @pytest.mark.parametrize(
@@ -158,7 +175,12 @@ def test_recognises():
     [
         ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 768, {}, "sd1"),
         ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 1024, {}, "sd2"),
-        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k", 320, {}, "sd1"),
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k", 320, {}, ""),
+        ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", 2048, {}, "sdxl"),
+        ("lora_unet_conv_in", 4, {"ss_base_model_version": "sd_v1"}, "sd1"),
+        ("lora_unet_conv_in", 4, {"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
+        ("lora_unet_conv_in", 4, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "sdxl"),
+        ("lora_unet_conv_in", 4, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "sd2"),
         ("lora_unet_conv_in", 4, {"ss_v2": "True"}, "sd2"),
         ("lora_unet_conv_in", 4, {"ss_base_model_version": "sd_v2_v"}, "sd2"),
         ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 640, {}, "sdxl"),
@@ -166,7 +188,8 @@ def test_recognises():
     ],
 )
 def test_family_of(key, width, metadata, family):
-    assert kohya.family_of(pair(key, down=(2, width)), metadata) == family
+    shapes = {key: tuple(tensor.shape) for key, tensor in pair(key, down=(2, width)).items()}
+    assert kohya.family_of(shapes, metadata) == family
 
 
 def test_hashes_are_those_of_the_file_without_its_metadata():

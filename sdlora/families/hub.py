@@ -1,0 +1,123 @@
+"""What comes from Hugging Face or its cache: folders of bases, and the tokenizers that checkpoints lack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sdlora.config import BaseSection
+from sdlora.errors import ModelError
+from sdlora.families.base import ModelFamily
+from sdlora.families.detect import weight_patterns
+
+_WEIGHT_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+_CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+
+
+def download_base(name: str, section: BaseSection) -> Path:
+    """Return the local folder of a hub id, downloaded as far as it is not in the cache already.
+
+    Raises ModelError for an id, revision or file that is not there, and where there is no network.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = [f"{part}/{weights}" for part in _WEIGHT_FOLDERS for weights in weight_patterns(section.variant)]
+    wanted += ["*/*.index.json", "model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        return Path(snapshot_download(name, revision=section.revision or None, allow_patterns=wanted))
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{name}: there is neither such a folder nor such a Hugging Face model (or it is private: "
+            "run 'hf auth login')"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{name}: has no branch, tag or commit called {section.revision!r}") from error
+    except HFValidationError as error:
+        raise ModelError(f"{name}: is neither an existing file or folder nor a Hugging Face id") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = "HF_HUB_OFFLINE is set" if offline else "huggingface.co cannot be reached"
+        raise ModelError(
+            f"{name}: there is no such folder, it is not in the Hugging Face cache, and {reason}; "
+            "go online once to download it, or name a local folder or file"
+        ) from error
+
+
+def folder_tokenizers(folder: Path, family: ModelFamily) -> dict[str, Any]:
+    """Return the tokenizers of a diffusers folder, by text encoder. Raises ModelError where one is missing."""
+    return {encoder: _load(folder / _subfolder(encoder), folder) for encoder in family.text_encoders}
+
+
+def _load(place: Path, folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    if not _holds_tokenizer(place):
+        raise ModelError(f"{folder}: its folder {place.name!r} is missing or incomplete; download or export it again")
+    return CLIPTokenizer.from_pretrained(place)
+
+
+def checkpoint_tokenizers(section: BaseSection, family: ModelFamily, file: Path, configs: Path) -> dict[str, Any]:
+    """Return the tokenizers for a checkpoint, which holds none, by text encoder.
+
+    They are those that the user names; else those beside the file, in `configs`, or in the hub's cache.
+    All families split text alike and differ only in the token that fills up the rest.
+    """
+    from transformers import CLIPTokenizer
+
+    if section.tokenizer:
+        named = Path(section.tokenizer).expanduser()
+        places = [named if named.exists() else _hub_folder(section.tokenizer, local_only=False)]
+        advice = f"base.tokenizer: {section.tokenizer} holds no tokenizer (vocab.json and merges.txt) or is not there"
+    else:
+        places = [file.parent / "tokenizer", configs / "tokenizer", _hub_folder(_CLIP_TOKENIZER, local_only=True)]
+        advice = (
+            f"{file}: a checkpoint holds no tokenizer and none was found beside it; put the 'tokenizer' folder of "
+            "any Stable Diffusion model next to the file, "
+            f"or set base.tokenizer to a folder or to {_CLIP_TOKENIZER}"
+        )
+    place = next((place for place in places if place is not None and _holds_tokenizer(place)), None)
+    if place is None:
+        raise ModelError(advice)
+    tokenizers = {}
+    for encoder, part in family.text_encoders.items():
+        tokenizer = CLIPTokenizer.from_pretrained(place)
+        fills_up = part.pad_token or tokenizer.eos_token
+        tokenizers[encoder] = CLIPTokenizer.from_pretrained(place, pad_token=fills_up)
+    return tokenizers
+
+
+def _subfolder(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return pair or (folder / "tokenizer.json").is_file()
+
+
+def _hub_folder(name: str, *, local_only: bool) -> Path | None:
+    """Return the folder of a Hugging Face id's tokenizer files, or None where they cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not is_hub_id(name):
+        return None
+    try:
+        return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES, local_files_only=local_only))
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether `name` has the form owner/name."""
+    owner, slash, model = name.partition("/")
+    allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+    return bool(owner and slash and model) and set(owner + model) <= allowed and not name.startswith(".")

@@ -1,0 +1,129 @@
+"""What all Stable Diffusion families share: a UNet in the latents of a VAE, and prompts from CLIP text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler
+
+from sdlora.diffusion import Prediction
+from sdlora.errors import ModelError
+from sdlora.families.base import BaseParts, EncoderPart, LoadedBase
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_CROSS_ATTENTION = tuple(f"attn2.{name}" for name in _ATTENTION)
+_ALL_ATTENTION = tuple(f"attn{number}.{name}" for number in (1, 2) for name in _ATTENTION)
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+_RESNET = ("resnets.*.conv1", "resnets.*.conv2", "resnets.*.conv_shortcut", "resnets.*.time_emb_proj")
+_TEXT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
+_LATENT_CHANNELS = 4
+
+
+class LatentDiffusion:
+    """The common half of every family; a subclass adds how prompts become conditioning and what the UNet is told."""
+
+    target_presets: Mapping[str, tuple[str, ...]] = {
+        "cross-attention": _CROSS_ATTENTION,
+        "attention": _ALL_ATTENTION,
+        "transformer": (*_ALL_ATTENTION, *_FEED_FORWARD, "attentions.*.proj_in", "attentions.*.proj_out"),
+        "resnet": (*_RESNET, "downsamplers.0.conv", "upsamplers.0.conv"),
+    }
+    text_encoder_presets: Mapping[str, tuple[str, ...]] = {
+        "attention": _TEXT_ATTENTION,
+        "transformer": (*_TEXT_ATTENTION, "mlp.fc1", "mlp.fc2"),
+    }
+
+    vae_overflows = False
+
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        resolutions: Mapping[Prediction, int],
+        text_encoders: Mapping[str, EncoderPart],
+        metadata: Mapping[Prediction, Mapping[str, str]],
+    ) -> None:
+        self.name = name
+        self.title = title
+        self.resolutions = resolutions
+        self.text_encoders = text_encoders
+        self.metadata = metadata
+
+    def assemble(self, parts: BaseParts, device: torch.device, dtype: torch.dtype) -> LoadedBase:
+        """Return the base made of `parts`, frozen, in evaluation mode. Raises ModelError for a UNet that cannot serve."""
+        channels = parts.unet.config.in_channels
+        if channels != _LATENT_CHANNELS:
+            raise ModelError(f"{parts.source.name}: {describe_channels(channels)}")
+        for module in (parts.vae, *parts.text_encoders.values(), parts.unet):
+            module.requires_grad_(False)
+            module.eval()
+        for module in (parts.vae, *parts.text_encoders.values()):
+            module.to(device)
+        scheduler = DDPMScheduler.from_config(parts.scheduler_config)
+        prediction: Prediction = "v" if scheduler.config.prediction_type == "v_prediction" else "epsilon"
+        factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        sample_size = parts.unet.config.sample_size
+        return LoadedBase(
+            family=self,  # type: ignore[arg-type]  # the subclass has the rest
+            source=parts.source,
+            unet=parts.unet,
+            vae=parts.vae,
+            text_encoders=dict(parts.text_encoders),
+            tokenizers=dict(parts.tokenizers),
+            scheduler=scheduler,
+            device=device,
+            dtype=dtype,
+            resolution=sample_size * factor if isinstance(sample_size, int) else self.resolutions[prediction],
+            sampler_config=dict(parts.scheduler_config),
+            zero_without_prompt=bool(parts.index.get("force_zeros_for_empty_prompt")),
+            unet_loader=parts.fill_unet,
+        )
+
+    def encode_images(self, base: LoadedBase, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and std of the scaled latents, each [B,4,H/8,W/8] float32."""
+        with torch.no_grad():
+            posterior = base.vae.encode(pixels.to(base.device, base.vae.dtype)).latent_dist
+        shift = base.vae.config.shift_factor or 0.0
+        scale = base.vae.config.scaling_factor
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+    def decode_latents(self, base: LoadedBase, latents: torch.Tensor) -> torch.Tensor:
+        """Return pixels [B,3,H,W] float32 in [0,1]."""
+        shift = base.vae.config.shift_factor or 0.0
+        unscaled = latents.to(base.vae.dtype) / base.vae.config.scaling_factor + shift
+        # Under autocast a VAE that is kept in float32 because it overflows would overflow again.
+        with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
+            pixels: torch.Tensor = base.vae.decode(unscaled).sample
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+def tokenize(base: LoadedBase, encoder: str, prompts: Sequence[str]) -> torch.Tensor:
+    """Return the token ids [B,77] of an encoder's own tokenizer on the base's device; longer prompts are cut."""
+    tokenizer = base.tokenizers[encoder]
+    tokens = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    ids: torch.Tensor = tokens.input_ids.to(base.device)
+    return ids
+
+
+def sampler(base: LoadedBase) -> Any:
+    """Return the scheduler that the base ships with, for making pictures."""
+    kind = getattr(diffusers, base.sampler_config.get("_class_name", ""), diffusers.PNDMScheduler)
+    return kind.from_config(base.sampler_config)
+
+
+def describe_channels(channels: int) -> str:
+    """Return the sentence for a UNet that does not take plain latents."""
+    kind = {8: "an image-editing", 9: "an inpainting"}.get(channels, "another kind of")
+    return (
+        f"is {kind} model (its UNet takes {channels} channels instead of {_LATENT_CHANNELS}); "
+        "use the plain text-to-image base that it was made from"
+    )

@@ -1,0 +1,74 @@
+"""The frozen base in fewer bits: QLoRA's nf4, or int8, for the linear layers of the UNet's transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdlora.config import Quantization
+from sdlora.errors import ModelError
+
+
+def quantize_linears(model: Any, kind: Quantization, device: torch.device, dtype: torch.dtype) -> int:
+    """The linear layers of the attention blocks hold their weights in `kind`; returns how many they are.
+
+    nf4: 4 bits with double quantisation (Dettmers et al. 2023). int8: 8 bits row by row (Dettmers et al.
+    2022). Products are computed in `dtype`. Everything else stays as it is. Raises ModelError where
+    bitsandbytes cannot do it.
+    """
+    try:
+        import bitsandbytes
+
+        paths = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and ".attentions." in f".{p}"]
+        for path in paths:
+            parent, _, child = path.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, child, _quantized(bitsandbytes, getattr(owner, child), kind, dtype).to(device))
+    except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        raise ModelError(
+            f"base.quantize = {kind} does not work here ({reason}); "
+            "'sdlora doctor' tells what bitsandbytes can do, base.quantize = none does without it"
+        ) from error
+    # By these peft knows which kind of layer it wraps.
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+    return len(paths)
+
+
+def _quantized(bitsandbytes: Any, linear: nn.Linear, kind: Quantization, dtype: torch.dtype) -> Any:
+    """Return the layer that becomes quantised when it is moved to its device."""
+    shape = (linear.in_features, linear.out_features, linear.bias is not None)
+    weight = linear.weight.detach()
+    if kind == "nf4":
+        options = {"compress_statistics": True, "quant_type": "nf4"}
+        layer = bitsandbytes.nn.Linear4bit(*shape, compute_dtype=dtype, device="meta", **options)
+        layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options)
+    else:
+        layer = bitsandbytes.nn.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
+        layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    layer.bias = linear.bias
+    return layer
+
+
+def full_weight(layer: Any) -> torch.Tensor:
+    """Return a layer's weight in float32 in its own shape, whatever form it is held in."""
+    kind = type(layer).__name__
+    if kind == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        full: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    elif kind == "Linear8bitLt":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        full = int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    else:
+        full = layer.weight.detach()
+    return full.float()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of all weights and their quantisation tables, as they are in memory."""
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,104 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and a UNet that is told the pictures' sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from sdlora.families.base import Conditioning, EncoderPart, LoadedBase, PictureSize
+from sdlora.families.latent import LatentDiffusion, sampler, tokenize
+
+
+class StableDiffusionXL(LatentDiffusion):
+    """The family of SDXL base (CLIP ViT-L and OpenCLIP ViT-bigG side by side, width 2048)."""
+
+    vae_overflows = True
+
+    def recognises_unet(self, config: Mapping[str, Any]) -> bool:
+        """Return whether the UNet takes a pooled text embedding and picture sizes."""
+        return config.get("addition_embed_type") == "text_time"
+
+    def encode_prompts(self, base: LoadedBase, prompts: Sequence[str | None]) -> Conditioning:
+        """Return both encoders' states before their last layer, [B,77,D1+D2], and the second's projection [B,P].
+
+        No prompt gives zeros where the base says so (as SDXL base does), else what an empty text gives.
+        """
+        texts = [prompt or "" for prompt in prompts]
+        states = []
+        for name, encoder in base.text_encoders.items():
+            output = encoder(tokenize(base, name, texts), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+        encoded = Conditioning(torch.cat(states, dim=-1), output.text_embeds)
+        if base.zero_without_prompt and None in prompts:
+            given = torch.tensor([prompt is not None for prompt in prompts], device=base.device)
+            return Conditioning(encoded.states * given[:, None, None], output.text_embeds * given[:, None])
+        return encoded
+
+    def predict(
+        self,
+        base: LoadedBase,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        sizes: Sequence[PictureSize],
+    ) -> torch.Tensor:
+        """Return the UNet's output [B,4,h,w]; each picture's sizes are (height, width) in pixels."""
+        numbers = [[*size.original, *size.crop_top_left, *size.target] for size in sizes]
+        output: torch.Tensor = base.unet(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=conditioning.states,
+            added_cond_kwargs={
+                "text_embeds": conditioning.pooled,
+                "time_ids": torch.tensor(numbers, device=noisy_latents.device, dtype=torch.float32),
+            },
+            return_dict=False,
+        )[0]
+        return output
+
+    def pipeline_conditioning(self, encoded: Conditioning, count: int) -> dict[str, Any]:
+        """Return the prompt's and the negative prompt's states [count,77,D] and pooled embeddings [count,P]."""
+        positive, negative = encoded.rows([0] * count), encoded.rows([1] * count)
+        return {
+            "prompt_embeds": positive.states,
+            "pooled_prompt_embeds": positive.pooled,
+            "negative_prompt_embeds": negative.states,
+            "negative_pooled_prompt_embeds": negative.pooled,
+        }
+
+    def make_pipeline(self, base: LoadedBase) -> StableDiffusionXLPipeline:
+        """Return the text-to-image pipeline over these components, with the base's own sampler."""
+        pipeline: Any = StableDiffusionXLPipeline(
+            vae=base.vae,
+            text_encoder=base.text_encoders["text_encoder"],
+            text_encoder_2=base.text_encoders["text_encoder_2"],
+            tokenizer=base.tokenizers["text_encoder"],
+            tokenizer_2=base.tokenizers["text_encoder_2"],
+            unet=base.unet,
+            scheduler=sampler(base),
+            force_zeros_for_empty_prompt=base.zero_without_prompt,
+            add_watermarker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+_METADATA = {
+    "ss_v2": "False",
+    "ss_base_model_version": "sdxl_base_v1-0",
+    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+}
+SDXL = StableDiffusionXL(
+    "sdxl",
+    "Stable Diffusion XL",
+    {"epsilon": 1024, "v": 1024},
+    {
+        "text_encoder": EncoderPart(CLIPTextModel, "conditioner.embedders.0.transformer."),
+        "text_encoder_2": EncoderPart(CLIPTextModelWithProjection, "conditioner.embedders.1.model.", "!"),
+    },
+    {"epsilon": _METADATA, "v": _METADATA},
+)

@@ -1,0 +1,1 @@
+from every_family import shape  # noqa: F401
