@@ -84,8 +84,8 @@ class _Job:
 class EngineJobs:
     """One base, loaded once, and the jobs that use it, one after the other."""
 
-    def __init__(self, base: str, make_engine: Callable[[str], Any] | None = None) -> None:
-        self.base = base
+    def __init__(self, base: str | sdlora.BaseSection, make_engine: Callable[[Any], Any] | None = None) -> None:
+        self._base = sdlora.BaseSection(path=base) if isinstance(base, str) else base
         self._make_engine = make_engine
         self._engine: Any = None
         self._turn = threading.Lock()
@@ -107,7 +107,7 @@ class EngineJobs:
     @property
     def name(self) -> str:
         """What the base is called on the page: its path's last part."""
-        return Path(self.base).name or self.base
+        return Path(self._base.path).name or self._base.path
 
     @property
     def busy(self) -> bool:
@@ -189,7 +189,7 @@ class EngineJobs:
         if self._engine is None:
             try:
                 # Naming sdlora.Engine imports torch: here, not before the page is served.
-                self._engine = (self._make_engine or sdlora.Engine)(self.base)
+                self._engine = (self._make_engine or sdlora.Engine)(self._base)
                 self.problem = ""
             except Exception as error:
                 explained = _explained(error)

@@ -16,6 +16,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
+import sdlora
 from sdlora.errors import ConfigError
 from sdlora.storage import check_writable
 
@@ -49,7 +50,7 @@ def build_page(jobs: EngineJobs, library: Library, output: Path) -> gr.Blocks:
 
 
 def serve(
-    base: str,
+    base: str | sdlora.BaseSection,
     library: Path,
     output: Path,
     *,

@@ -15,9 +15,9 @@ from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.layers import LoraLayer
 from sdlora.config import AdapterSection
 from sdlora.errors import ModelError
-from sdlora.families.base import LoadedBase, ModelFamily, match_targets
-from sdlora.families.detect import FAMILIES
+from sdlora.families.base import LoadedBase, match_targets
 from sdlora.families.quantize import full_weight
+from sdlora.families.traits import FamilyTraits, family_title
 
 _TEXT_MODEL = "text_model."
 
@@ -66,7 +66,7 @@ def add_adapter(base: LoadedBase, name: str, adapter: AdapterFile) -> None:
     Raises ModelError, with the base unchanged, when a layer is missing from the base or has another
     shape there: such an adapter was made for another kind of base.
     """
-    refuse_other_family(adapter.family, base.family, base.source.name)
+    refuse_other_family(adapter.family, base.family.traits, base.source.name)
     modules = dict(base.components())
     located = {path: _locate(modules, path) for path in adapter.layers}
     _check_fit(base, adapter, located)
@@ -217,12 +217,11 @@ def _locate(modules: Mapping[str, nn.Module], path: str) -> str:
     return ""
 
 
-def refuse_other_family(adapter_family: str, family: ModelFamily, base_name: str) -> None:
+def refuse_other_family(adapter_family: str, family: FamilyTraits, base_name: str) -> None:
     """Raise ModelError where an adapter says that it was made for another family than the base's."""
     if adapter_family and adapter_family != family.name:
-        theirs = next((known.title for known in FAMILIES if known.name == adapter_family), adapter_family)
         raise ModelError(
-            f"the adapter is for {theirs}, the base {base_name} is {family.title}; choose one that fits it"
+            f"the adapter is for {family_title(adapter_family)}, the base {base_name} is {family.title}; choose one that fits it"
         )
 
 

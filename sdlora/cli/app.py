@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sdlora.cli.base_flags import add_base_flags, base_section
 from sdlora.errors import ConfigError
 from sdlora.quiet import quiet_libraries
 
@@ -17,7 +18,7 @@ def run(args: list[str]) -> int:
     from sdlora.app.main import serve
 
     serve(
-        options.base,
+        base_section(options),
         options.library,
         options.output,
         host=options.host,
@@ -34,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         description="A web page that makes pictures with your adapters. Nothing leaves this computer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--base", default="tiny", help="tiny, a diffusers folder, a .safetensors file, a hub id")
+    add_base_flags(parser, default="tiny")
     parser.add_argument("--library", type=Path, default=Path("runs"), metavar="DIR", help="folder of adapters")
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where pictures go")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; another needs --password")

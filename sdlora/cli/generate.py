@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
-from sdlora import BaseSection, Engine, make_request, save_picture
+from sdlora import Engine, make_request, save_picture
+from sdlora.cli.base_flags import add_base_flags, base_section
 from sdlora.errors import ConfigError
+from sdlora.generation.engine import refuse_foreign_adapters
 from sdlora.generation.pictures import picture_name
 from sdlora.generation.request import GenerationRequest
 from sdlora.storage import check_writable
@@ -35,15 +38,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _generate(options: argparse.Namespace, request: GenerationRequest, folder: Path) -> int:
-    base = BaseSection(
-        path=options.base,
-        revision=options.revision,
-        variant=options.variant,
-        config=options.base_config,
-        tokenizer=options.tokenizer,
-        precision=options.precision,
-    )
+    base = base_section(options)
+    refuse_foreign_adapters(base, [choice.path for choice in request.adapters])
     engine = Engine(base, device=options.device)
+    for note in engine.base.notes:
+        print(f"note: {note}", file=sys.stderr)
     before = engine.weights_sha256() if options.verify else ""
     started = time.perf_counter()
     for number, (picture, recipe) in enumerate(engine.generate(request, batch_size=options.batch_size), start=1):
@@ -72,16 +71,8 @@ def parse_adapter(text: str) -> dict[str, object]:
 
 def _parser() -> argparse.ArgumentParser:
     fields = {name: info.description for name, info in GenerationRequest.model_fields.items()}
-    base = {name: info.description for name, info in BaseSection.model_fields.items()}
     parser = argparse.ArgumentParser(prog="sdlora generate", description="Make pictures, with or without adapters.")
-    parser.add_argument("--base", required=True, help=base["path"])
-    parser.add_argument("--revision", default="", help=base["revision"])
-    parser.add_argument("--variant", default="", help=base["variant"])
-    parser.add_argument("--base-config", default="", help=base["config"])
-    parser.add_argument("--tokenizer", default="", help=base["tokenizer"])
-    parser.add_argument(
-        "--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="number format of the base"
-    )
+    add_base_flags(parser)
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the GPU where there is one")
     parser.add_argument(
         "--adapter",

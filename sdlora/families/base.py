@@ -17,11 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
+from sdlora.config import Quantization
 from sdlora.diffusion import Prediction
 from sdlora.errors import ConfigError
-
-PREDICTION_TYPES: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_prediction"}
-"""Our names of what a UNet predicts -> the library's."""
+from sdlora.families.traits import PREDICTION_TYPES, FamilyTraits
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,8 @@ class LoadedBase:
     """Where there is no prompt, the conditioning is zero instead of that of an empty text."""
     notes: tuple[str, ...] = ()
     """What the user should know about how this base was understood."""
+    quantize: Quantization = "none"
+    """The form that the UNet's linear layers are held in."""
     unet_loader: Callable[[], None] | None = None
 
     @property
@@ -144,6 +145,7 @@ class LoadedBase:
 class ModelFamily(Protocol):
     """One family: how its bases are recognised, loaded and run."""
 
+    traits: FamilyTraits
     name: str
     title: str
     resolutions: Mapping[Prediction, int]
@@ -157,10 +159,6 @@ class ModelFamily(Protocol):
     """Preset name -> patterns of UNet module paths."""
     text_encoder_presets: Mapping[str, tuple[str, ...]]
     """Preset name -> patterns of text-encoder module paths."""
-
-    def recognises_unet(self, config: Mapping[str, Any]) -> bool:
-        """Return whether a UNet of this configuration (a diffusers config.json) is one of this family's."""
-        ...
 
     def assemble(self, parts: BaseParts, device: torch.device, dtype: torch.dtype) -> LoadedBase:
         """Return the base made of `parts`, frozen; the UNet's weights come with `fetch_unet`. Raises ModelError."""
@@ -203,10 +201,10 @@ class ModelFamily(Protocol):
 
 @dataclass(frozen=True)
 class EncoderPart:
-    """One text encoder of a family: its transformers class, and the prefix of its keys in an original checkpoint."""
+    """One text encoder of a family."""
 
     kind: Any
-    checkpoint_prefix: str
+    """Its class in transformers."""
     pad_token: str = ""
     """What fills up the tokens of a short prompt; empty: the end token."""
 

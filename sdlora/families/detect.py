@@ -6,18 +6,24 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdlora.diffusion import Prediction
 from sdlora.errors import ModelError
-from sdlora.families.base import PREDICTION_TYPES, ModelFamily
-from sdlora.families.latent import describe_channels
-from sdlora.families.sd import SD1, SD2
-from sdlora.families.sdxl import SDXL
-from sdlora.families.weights import UNET_PREFIX, VAE_PREFIX
+from sdlora.families.traits import (
+    ALL_TRAITS,
+    LATENT_CHANNELS,
+    PREDICTION_TYPES,
+    SDXL_TRAITS,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    FamilyTraits,
+    describe_channels,
+)
 from sdlora.storage import SafetensorsHeader, TensorEntry, read_header
 
-FAMILIES: tuple[ModelFamily, ...] = (SD1, SD2, SDXL)
+if TYPE_CHECKING:
+    from sdlora.diffusion import Prediction
+
 _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 _FIRST_LAYER = UNET_PREFIX + "input_blocks.0.0.weight"
 _EMA_PREFIX = "model_ema."
@@ -56,7 +62,7 @@ class BaseFacts:
     """What is known of a base before it is loaded."""
 
     path: Path
-    family: ModelFamily
+    family: FamilyTraits
     prediction: Prediction | None
     """What it declares to predict; None where it declares nothing."""
     declared_by: str
@@ -70,23 +76,20 @@ class BaseFacts:
     """What a user might want to know, a sentence each."""
 
 
-def detect_family(path: Path) -> ModelFamily:
-    """Return the family of a diffusers folder or a single-file checkpoint, told from its contents.
-
-    Raises ModelError when it is no Stable Diffusion base that sdlora knows, saying what it is instead.
-    """
-    return detect_base(path).family if path.is_file() else _family_of_folder(path)
-
-
 def detect_base(path: Path, variant: str = "") -> BaseFacts:
     """Return the facts of a diffusers folder or a single-file checkpoint. Raises ModelError or FormatError."""
     return _facts_of_file(path) if path.is_file() else _facts_of_folder(path, variant)
 
 
+def family_of(path: Path) -> FamilyTraits:
+    """Return the family of a folder or checkpoint; the folder's weights are not asked for. Raises as `detect_base`."""
+    return detect_base(path).family if path.is_file() else _family_of_folder(path)
+
+
 # --- folders -----------------------------------------------------------------------------------------
 
 
-def _family_of_folder(folder: Path) -> ModelFamily:
+def _family_of_folder(folder: Path) -> FamilyTraits:
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     pipeline = str(index.get("_class_name", ""))
     for start, name in _FOREIGN_PIPELINES.items():
@@ -100,20 +103,20 @@ def _family_of_folder(folder: Path) -> ModelFamily:
             + "); name the folder that holds model_index.json, or a .safetensors checkpoint"
         )
     config = read_json(folder / "unet" / "config.json")
-    family = next((family for family in FAMILIES if family.recognises_unet(config)), None)
+    family = next((family for family in ALL_TRAITS if family.recognises_unet(config)), None)
     if family is None:
         raise ModelError(f"{folder}: has a UNet of an unknown kind ({config.get('addition_embed_type')!r} embedding)")
-    if family is SDXL and not (folder / "text_encoder").is_dir() and (folder / "text_encoder_2").is_dir():
+    if family is SDXL_TRAITS and not (folder / "text_encoder").is_dir() and (folder / "text_encoder_2").is_dir():
         raise ModelError(f"{folder}: is the refiner of Stable Diffusion XL, not its base")
-    channels = config.get("in_channels", 4)
-    if channels != 4:
+    channels = config.get("in_channels", LATENT_CHANNELS)
+    if channels != LATENT_CHANNELS:
         raise ModelError(f"{folder}: {describe_channels(channels)}")
     return family
 
 
 def _facts_of_folder(folder: Path, variant: str) -> BaseFacts:
     family = _family_of_folder(folder)
-    parts = ("unet", "vae", *family.text_encoders)
+    parts = ("unet", "vae", *family.encoder_prefixes)
     files = {part: _weight_files(folder, part, variant) for part in parts}
     components = {
         part: _summary(entry for file in files[part] for entry in read_header(file).tensors.values()) for part in parts
@@ -184,8 +187,7 @@ def _facts_of_file(path: Path) -> BaseFacts:
         )
     header = read_header(path)
     family = _family_of_keys(path, header)
-    prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX}
-    prefixes |= {name: part.checkpoint_prefix for name, part in family.text_encoders.items()}
+    prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **family.encoder_prefixes}
     components = {
         name: _summary(entry for key, entry in header.tensors.items() if key.startswith(prefix))
         for name, prefix in prefixes.items()
@@ -207,10 +209,10 @@ def _facts_of_file(path: Path) -> BaseFacts:
     )
 
 
-def _family_of_keys(path: Path, header: SafetensorsHeader) -> ModelFamily:
+def _family_of_keys(path: Path, header: SafetensorsHeader) -> FamilyTraits:
     keys = header.tensors
-    for family in FAMILIES:
-        prefixes = [part.checkpoint_prefix for part in family.text_encoders.values()]
+    for family in ALL_TRAITS:
+        prefixes = family.encoder_prefixes.values()
         if _FIRST_LAYER in keys and all(any(key.startswith(prefix) for key in keys) for prefix in prefixes):
             break
     else:
@@ -221,7 +223,7 @@ def _family_of_keys(path: Path, header: SafetensorsHeader) -> ModelFamily:
         if mark in keys:  # a whole key: EDM models look like SDXL otherwise
             raise ModelError(f"{path}: {sentence}")
     shape = keys[_FIRST_LAYER].shape
-    if len(shape) != 4 or shape[1] != 4:
+    if len(shape) != 4 or shape[1] != LATENT_CHANNELS:
         raise ModelError(f"{path}: {describe_channels(shape[1] if len(shape) > 1 else 0)}")
     return family
 

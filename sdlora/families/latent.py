@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from sdlora.diffusion import Prediction
 from sdlora.errors import ModelError
 from sdlora.families.base import BaseParts, EncoderPart, LoadedBase
+from sdlora.families.traits import LATENT_CHANNELS, FamilyTraits, describe_channels
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CROSS_ATTENTION = tuple(f"attn2.{name}" for name in _ATTENTION)
@@ -19,7 +20,6 @@ _ALL_ATTENTION = tuple(f"attn{number}.{name}" for number in (1, 2) for name in _
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 _RESNET = ("resnets.*.conv1", "resnets.*.conv2", "resnets.*.conv_shortcut", "resnets.*.time_emb_proj")
 _TEXT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
-_LATENT_CHANNELS = 4
 
 
 class LatentDiffusion:
@@ -40,14 +40,14 @@ class LatentDiffusion:
 
     def __init__(
         self,
-        name: str,
-        title: str,
+        traits: FamilyTraits,
         resolutions: Mapping[Prediction, int],
         text_encoders: Mapping[str, EncoderPart],
         metadata: Mapping[Prediction, Mapping[str, str]],
     ) -> None:
-        self.name = name
-        self.title = title
+        self.traits = traits
+        self.name = traits.name
+        self.title = traits.title
         self.resolutions = resolutions
         self.text_encoders = text_encoders
         self.metadata = metadata
@@ -55,7 +55,7 @@ class LatentDiffusion:
     def assemble(self, parts: BaseParts, device: torch.device, dtype: torch.dtype) -> LoadedBase:
         """Return the base made of `parts`, frozen, in evaluation mode. Raises ModelError for a UNet that cannot serve."""
         channels = parts.unet.config.in_channels
-        if channels != _LATENT_CHANNELS:
+        if channels != LATENT_CHANNELS:
             raise ModelError(f"{parts.source.name}: {describe_channels(channels)}")
         for module in (parts.vae, *parts.text_encoders.values(), parts.unet):
             module.requires_grad_(False)
@@ -118,12 +118,3 @@ def sampler(base: LoadedBase) -> Any:
     """Return the scheduler that the base ships with, for making pictures."""
     kind = getattr(diffusers, base.sampler_config.get("_class_name", ""), diffusers.PNDMScheduler)
     return kind.from_config(base.sampler_config)
-
-
-def describe_channels(channels: int) -> str:
-    """Return the sentence for a UNet that does not take plain latents."""
-    kind = {8: "an image-editing", 9: "an inpainting"}.get(channels, "another kind of")
-    return (
-        f"is {kind} model (its UNet takes {channels} channels instead of {_LATENT_CHANNELS}); "
-        "use the plain text-to-image base that it was made from"
-    )

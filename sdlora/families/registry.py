@@ -11,18 +11,21 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from sdlora.assets import CONFIGS, TINY_SD
+from sdlora.assets import CONFIGS
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
-from sdlora.families.base import PREDICTION_TYPES, BaseParts, BaseSource, LoadedBase, ModelFamily
-from sdlora.families.detect import BaseFacts, detect_base, detect_family, read_json
-from sdlora.families.hub import checkpoint_tokenizers, download_base, folder_tokenizers, is_hub_id
+from sdlora.families.base import BaseParts, BaseSource, LoadedBase, ModelFamily
+from sdlora.families.detect import BaseFacts, detect_base, family_of, read_json
 from sdlora.families.prediction import measure_prediction
 from sdlora.families.quantize import quantize_linears
+from sdlora.families.sd import SD1, SD2
+from sdlora.families.sdxl import SDXL
+from sdlora.families.sources import checkpoint_tokenizers, find_base, folder_tokenizers
+from sdlora.families.traits import PREDICTION_TYPES
 from sdlora.families.weights import CheckpointWeights, FolderWeights, Weights, fill, skeleton
 from sdlora.storage import cached_sha256, read_header
 
-__all__ = ["default_device", "detect_family", "find_base", "load_base"]
+FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (SD1, SD2, SDXL)}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,7 +61,7 @@ def load_base(section: BaseSection, device: torch.device | str | None = None, *,
 
 
 def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtype: torch.dtype) -> LoadedBase:
-    family = facts.family
+    family = FAMILIES[facts.family.name]
     weights = _weights(section, facts)
     if facts.path.is_file():
         digest = cached_sha256(facts.path)
@@ -89,7 +92,9 @@ def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtyp
         scheduler_config=_scheduler_config(section, facts, weights),
         index=read_json(index) if index.is_file() else {},
     )
-    return family.assemble(parts, device, dtype)
+    base = family.assemble(parts, device, dtype)
+    base.quantize = section.quantize
+    return base
 
 
 def _weights(section: BaseSection, facts: BaseFacts) -> Weights:
@@ -98,7 +103,7 @@ def _weights(section: BaseSection, facts: BaseFacts) -> Weights:
     configs = Path(section.config).expanduser() if section.config else CONFIGS / facts.family.name
     if not (configs / "model_index.json").is_file():
         raise ModelError(f"{configs}: base.config must be a diffusers folder with model_index.json")
-    return CheckpointWeights(facts.path, read_header(facts.path), configs, facts.family.text_encoders)
+    return CheckpointWeights(facts.path, read_header(facts.path), configs, facts.family.encoder_prefixes)
 
 
 def _load_part(kind: Any, weights: Weights, part: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -157,6 +162,14 @@ def _with_measured_prediction(base: LoadedBase) -> LoadedBase:
     return base
 
 
+def detect_family(path: Path) -> ModelFamily:
+    """Return the family of a diffusers folder or a single-file checkpoint, told from its contents.
+
+    Raises ModelError when it is no Stable Diffusion base that sdlora knows, saying what it is instead.
+    """
+    return FAMILIES[family_of(path).name]
+
+
 def _quiet_progress_bars() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -170,32 +183,6 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def find_base(section: BaseSection) -> Path:
-    """Return the local folder or file of the base; a hub id is downloaded, or taken from its cache.
-
-    Nothing is asked of the network for "tiny" or for anything that looks like a path.
-    """
-    name = section.path
-    if not name:
-        raise ModelError('no base is named; --base takes for example "tiny", a folder or a .safetensors file')
-    if name == "tiny":
-        return TINY_SD
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:  # "~name" of an unknown user
-        path = Path(name)
-    if path.exists():
-        return path
-    if not is_hub_id(name):
-        raise ModelError(
-            f"{name}: there is no such file or folder; --base takes tiny, a diffusers folder, "
-            "a .safetensors checkpoint, or a Hugging Face id such as owner/name"
-        )
-    if path.suffix in {".safetensors", ".ckpt", ".pt"}:
-        raise ModelError(f"{name}: there is no such file")
-    return download_base(name, section)
 
 
 def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:

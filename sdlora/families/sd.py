@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,11 @@ from transformers import CLIPTextModel
 
 from sdlora.families.base import Conditioning, EncoderPart, LoadedBase, PictureSize
 from sdlora.families.latent import LatentDiffusion, sampler, tokenize
+from sdlora.families.traits import SD1_TRAITS, SD2_TRAITS
 
 
 class StableDiffusion(LatentDiffusion):
     """The family of SD 1.x (CLIP ViT-L, width 768) and SD 2.x (OpenCLIP ViT-H, width 1024)."""
-
-    def recognises_unet(self, config: Mapping[str, Any]) -> bool:
-        """Return whether the UNet is this family's: SD 2.x has linear projections around its attention."""
-        plain = not config.get("addition_embed_type")
-        return plain and bool(config.get("use_linear_projection")) == (self.name == "sd2")
 
     def encode_prompts(self, base: LoadedBase, prompts: Sequence[str | None]) -> Conditioning:
         """Return the last hidden states after the final norm, [B,77,D] in the text encoder's dtype."""
@@ -62,10 +58,9 @@ class StableDiffusion(LatentDiffusion):
 
 
 SD1 = StableDiffusion(
-    "sd1",
-    "Stable Diffusion 1.x",
+    SD1_TRAITS,
     {"epsilon": 512, "v": 512},
-    {"text_encoder": EncoderPart(CLIPTextModel, "cond_stage_model.transformer.")},
+    {"text_encoder": EncoderPart(CLIPTextModel)},
     {
         "epsilon": {
             "ss_v2": "False",
@@ -80,10 +75,9 @@ SD1 = StableDiffusion(
     },
 )
 SD2 = StableDiffusion(
-    "sd2",
-    "Stable Diffusion 2.x",
+    SD2_TRAITS,
     {"epsilon": 512, "v": 768},
-    {"text_encoder": EncoderPart(CLIPTextModel, "cond_stage_model.model.", "!")},
+    {"text_encoder": EncoderPart(CLIPTextModel, "!")},
     {
         "epsilon": {
             "ss_v2": "True",

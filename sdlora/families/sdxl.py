@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +11,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.families.base import Conditioning, EncoderPart, LoadedBase, PictureSize
 from sdlora.families.latent import LatentDiffusion, sampler, tokenize
+from sdlora.families.traits import SDXL_TRAITS
 
 
 class StableDiffusionXL(LatentDiffusion):
     """The family of SDXL base (CLIP ViT-L and OpenCLIP ViT-bigG side by side, width 2048)."""
 
     vae_overflows = True
-
-    def recognises_unet(self, config: Mapping[str, Any]) -> bool:
-        """Return whether the UNet takes a pooled text embedding and picture sizes."""
-        return config.get("addition_embed_type") == "text_time"
 
     def encode_prompts(self, base: LoadedBase, prompts: Sequence[str | None]) -> Conditioning:
         """Return both encoders' states before their last layer, [B,77,D1+D2], and the second's projection [B,P].
@@ -93,12 +90,11 @@ _METADATA = {
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
 }
 SDXL = StableDiffusionXL(
-    "sdxl",
-    "Stable Diffusion XL",
+    SDXL_TRAITS,
     {"epsilon": 1024, "v": 1024},
     {
-        "text_encoder": EncoderPart(CLIPTextModel, "conditioner.embedders.0.transformer."),
-        "text_encoder_2": EncoderPart(CLIPTextModelWithProjection, "conditioner.embedders.1.model.", "!"),
+        "text_encoder": EncoderPart(CLIPTextModel),
+        "text_encoder_2": EncoderPart(CLIPTextModelWithProjection, "!"),
     },
     {"epsilon": _METADATA, "v": _METADATA},
 )

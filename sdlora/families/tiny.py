@@ -22,8 +22,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdlora.assets import CONFIGS, TINY_SD
 from sdlora.diffusion import Prediction
-from sdlora.families.base import PREDICTION_TYPES, BaseParts, BaseSource, LoadedBase
-from sdlora.families.detect import FAMILIES
+from sdlora.families.base import BaseParts, BaseSource, LoadedBase
+from sdlora.families.registry import FAMILIES
+from sdlora.families.traits import PREDICTION_TYPES
 
 Shape = Literal["sd1", "sd2", "sdxl"]
 _WIDTH = 32
@@ -75,7 +76,7 @@ def random_base(shape: Shape, dtype: torch.dtype, device: torch.device, *, encod
     Built in `dtype` from the start, so that the peak is the model's own size. Without `encoders` only
     the UNet is there (SD 1.5: 860 M weights).
     """
-    family = next(family for family in FAMILIES if family.name == shape)
+    family = FAMILIES[shape]
     folder = CONFIGS / shape
     with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
         torch.manual_seed(0)

@@ -17,11 +17,9 @@ from diffusers.loaders.single_file_utils import (
 from safetensors import safe_open
 
 from sdlora.errors import ModelError
-from sdlora.families.base import EncoderPart
+from sdlora.families.traits import UNET_PREFIX, VAE_PREFIX
 from sdlora.storage import SafetensorsHeader
 
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
 _TENSORS_AT_ONCE = 64
 _TEXT_MODEL = "text_model."
 # Folders that were made years ago call the layers of the VAE's attention by these names.
@@ -61,11 +59,11 @@ class CheckpointWeights:
     """One file in the original layout (LDM, SGM) that holds all components."""
 
     def __init__(
-        self, file: Path, header: SafetensorsHeader, configs: Path, encoders: Mapping[str, EncoderPart]
+        self, file: Path, header: SafetensorsHeader, configs: Path, encoder_prefixes: Mapping[str, str]
     ) -> None:
         self.place, self.configs = file, configs
         self._keys = list(header.tensors)
-        self._encoders = encoders
+        self._encoder_prefixes = encoder_prefixes
 
     def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the weights of one component under their names in the library."""
@@ -74,7 +72,7 @@ class CheckpointWeights:
         elif part == "vae":
             yield convert_ldm_vae_checkpoint(self._all(VAE_PREFIX), dict(model.config))
         else:
-            yield self._text_encoder(self._encoders[part].checkpoint_prefix, model)
+            yield self._text_encoder(self._encoder_prefixes[part], model)
 
     def _unet_names(self, model: Any) -> dict[str, str]:
         keys = {key: key for key in self._keys if key.startswith(UNET_PREFIX)}

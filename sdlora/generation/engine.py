@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,20 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdlora.adapters.file import read_adapter
-from sdlora.adapters.inject import add_adapter, has_float32_adapter, remove_adapter, set_adapter_weights
+from sdlora.adapters.file import adapter_family, read_adapter
+from sdlora.adapters.inject import (
+    add_adapter,
+    has_float32_adapter,
+    refuse_other_family,
+    remove_adapter,
+    set_adapter_weights,
+)
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationError
 from sdlora.families.base import LoadedBase
+from sdlora.families.detect import family_of
 from sdlora.families.registry import load_base
+from sdlora.families.sources import find_base
 from sdlora.generation.request import GenerationRequest, Recipe, UsedAdapter
 from sdlora.storage import sha256_of_file, sha256_of_tensor_data
 
@@ -45,6 +53,13 @@ class _Resident:
     name: str
     sha256: str
     tensor_sha256: str
+
+
+def refuse_foreign_adapters(base: BaseSection, adapters: Sequence[str]) -> None:
+    """Raise ModelError or FormatError for an adapter that says it is for another family, before anything is loaded."""
+    family = family_of(find_base(base))
+    for path in adapters:
+        refuse_other_family(adapter_family(path), family, base.path)
 
 
 class Engine:
@@ -200,6 +215,7 @@ class Engine:
             scheduler_config=_plain_settings(scheduler.config),
             noise_device="cpu",
             precision=_PRECISION_NAMES[self.base.dtype],
+            quantize=self.base.quantize,
             device=_device_name(self.base.device),
             versions={name: importlib.metadata.version(name) for name in ("sdlora", "torch", "diffusers", "peft")},
         )

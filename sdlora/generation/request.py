@@ -97,6 +97,7 @@ class Recipe:
     precision: str
     device: str
     versions: dict[str, str]
+    quantize: str = "none"
 
     def to_json(self) -> str:
         """Return the recipe as JSON text."""

@@ -40,7 +40,8 @@ def run_identity(config: TrainConfig, base_sha256: str, data_fingerprint: str) -
     for key in ("resume", "checkpoint_every_steps"):
         del settings["training"][key]
     del settings["data"]["folder"]
-    text = json.dumps([settings, base_sha256, data_fingerprint, config.base.precision], sort_keys=True)
+    base = config.base.model_dump(mode="json", include={"precision", "quantize", "prediction"})
+    text = json.dumps([settings, base_sha256, data_fingerprint, base], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,21 +1,50 @@
-"""What comes from Hugging Face or its cache: folders of bases, and the tokenizers that checkpoints lack."""
+"""Where a base lies: a local path, or Hugging Face and its cache; and where the tokenizers are that checkpoints lack."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sdlora.assets import TINY_SD
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
-from sdlora.families.base import ModelFamily
 from sdlora.families.detect import weight_patterns
+
+if TYPE_CHECKING:
+    from sdlora.families.base import ModelFamily
 
 _WEIGHT_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 _CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 
 
-def download_base(name: str, section: BaseSection) -> Path:
+def find_base(section: BaseSection) -> Path:
+    """Return the local folder or file of the base; a hub id is downloaded, or taken from its cache.
+
+    Nothing is asked of the network for "tiny" or for anything that looks like a path.
+    """
+    name = section.path
+    if not name:
+        raise ModelError('no base is named; --base takes for example "tiny", a folder or a .safetensors file')
+    if name == "tiny":
+        return TINY_SD
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # "~name" of an unknown user
+        path = Path(name)
+    if path.exists():
+        return path
+    if not _is_hub_id(name):
+        raise ModelError(
+            f"{name}: there is no such file or folder; --base takes tiny, a diffusers folder, "
+            "a .safetensors checkpoint, or a Hugging Face id such as owner/name"
+        )
+    if path.suffix in {".safetensors", ".ckpt", ".pt"}:
+        raise ModelError(f"{name}: there is no such file")
+    return _download_base(name, section)
+
+
+def _download_base(name: str, section: BaseSection) -> Path:
     """Return the local folder of a hub id, downloaded as far as it is not in the cache already.
 
     Raises ModelError for an id, revision or file that is not there, and where there is no network.
@@ -108,7 +137,7 @@ def _hub_folder(name: str, *, local_only: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not is_hub_id(name):
+    if not _is_hub_id(name):
         return None
     try:
         return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES, local_files_only=local_only))
@@ -116,7 +145,7 @@ def _hub_folder(name: str, *, local_only: bool) -> Path | None:
         return None
 
 
-def is_hub_id(name: str) -> bool:
+def _is_hub_id(name: str) -> bool:
     """Return whether `name` has the form owner/name."""
     owner, slash, model = name.partition("/")
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")

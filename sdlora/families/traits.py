@@ -1,0 +1,67 @@
+"""The families as data: what tells them apart on disk. Needs no model library, so that looking at a base is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdlora.diffusion import Prediction
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+"""How the keys of UNet and VAE begin in a checkpoint in the original layout, whatever its family."""
+LATENT_CHANNELS = 4
+PREDICTION_TYPES: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_prediction"}
+"""Our names of what a UNet predicts -> the library's."""
+
+
+@dataclass(frozen=True)
+class FamilyTraits:
+    """What a family's bases look like on disk."""
+
+    name: str
+    title: str
+    encoder_prefixes: Mapping[str, str]
+    """Text encoder -> how its keys begin in a checkpoint in the original layout."""
+    takes_sizes: bool
+    """Whether the UNet is told the pictures' sizes and a pooled text embedding."""
+    linear_projection: bool
+    """Whether the projections around the UNet's attention are linear layers, and not convolutions."""
+
+    def recognises_unet(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a UNet of this configuration (a diffusers config.json) is one of this family's."""
+        embedding = "text_time" if self.takes_sizes else None
+        return (
+            config.get("addition_embed_type") == embedding
+            and bool(config.get("use_linear_projection")) == self.linear_projection
+        )
+
+
+SD1_TRAITS = FamilyTraits(
+    "sd1", "Stable Diffusion 1.x", {"text_encoder": "cond_stage_model.transformer."}, False, False
+)
+SD2_TRAITS = FamilyTraits("sd2", "Stable Diffusion 2.x", {"text_encoder": "cond_stage_model.model."}, False, True)
+SDXL_TRAITS = FamilyTraits(
+    "sdxl",
+    "Stable Diffusion XL",
+    {"text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
+    True,
+    True,
+)
+ALL_TRAITS = (SD1_TRAITS, SD2_TRAITS, SDXL_TRAITS)
+
+
+def family_title(name: str) -> str:
+    """Return what people call the family `name`; an unknown name is its own title."""
+    return next((traits.title for traits in ALL_TRAITS if traits.name == name), name)
+
+
+def describe_channels(channels: int) -> str:
+    """Return the sentence for a UNet that does not take plain latents."""
+    kind = {8: "an image-editing", 9: "an inpainting"}.get(channels, "another kind of")
+    return (
+        f"is {kind} model (its UNet takes {channels} channels instead of {LATENT_CHANNELS}); "
+        "use the plain text-to-image base that it was made from"
+    )
