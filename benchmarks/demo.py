@@ -19,9 +19,10 @@ from typing import Any
 from judge import Judge, follows, is_concept
 from PIL import Image, ImageDraw, ImageFont
 
-from sdlora import Engine, RunResult, SdloraError, load_config, make_request, parse_config, train
+from sdlora import BaseSection, Engine, RunResult, SdloraError, load_config, make_request, parse_config, train
 from sdlora.assets import EXAMPLE_CONCEPT, scenes
 from sdlora.errors import GenerationError
+from sdlora.families.quantize import weight_bytes
 from sdlora.quiet import quiet_libraries
 from sdlora.storage import check_writable, write_bytes, write_json
 
@@ -49,32 +50,32 @@ def main() -> int:
     """Run the demo; returns the exit status. What the judge found is in report.json, good or bad."""
     parser = argparse.ArgumentParser(description="Train on the example concept and show what it learned.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the results")
-    out = parser.parse_args().out.expanduser().resolve()
+    parser.add_argument("--quantize", default="none", choices=("none", "int8", "nf4"), help="form of the frozen base")
+    options = parser.parse_args()
     quiet_libraries()
     try:
-        return _demo(out)
+        return _demo(options.out.expanduser().resolve(), BaseSection(path="tiny", quantize=options.quantize))
     except SdloraError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_status
 
 
-def _demo(out: Path) -> int:
+def _demo(out: Path, base: BaseSection) -> int:
     check_writable(out)
     started = time.perf_counter()
     print("1/3  teaching the tiny base a new thing: the zorblin")
-    result = train(_config(out))
+    result = train(_config(out, base))
     if result.interrupted:
         print("stopped; the demo is not finished")
         return 130
     trained = time.perf_counter()
 
     print("2/3  drawing and judging pictures without and with the adapter")
-    report = _judge(result)
+    report = _judge(result, base)
     judged = time.perf_counter()
 
     print("3/3  the before/after picture")
-    engine = Engine("tiny")
-    make = _maker(engine, result.adapter)
+    make = _maker(Engine(base), result.adapter)
     shown = [(prompt, 7 + column) for column, prompt in enumerate(_SHOWN)]
     bare = make(shown, None, 1)
     _check_weight_zero(bare, make(shown, 0.0, 1))
@@ -92,8 +93,9 @@ def _demo(out: Path) -> int:
     return 0
 
 
-def _config(out: Path) -> Any:
+def _config(out: Path, base: BaseSection) -> Any:
     values = load_config(_CONFIG)
+    values["base"] = base.model_dump()
     values["data"]["folder"] = str(EXAMPLE_CONCEPT / "train")
     values["data"]["prior_folder"] = str(EXAMPLE_CONCEPT / "others")
     values["validation"]["folder"] = str(EXAMPLE_CONCEPT / "held-out")
@@ -120,9 +122,9 @@ def _maker(engine: Engine, adapter: Path) -> Make:
     return make
 
 
-def _judge(result: RunResult) -> dict[str, Any]:
+def _judge(result: RunResult, base: BaseSection) -> dict[str, Any]:
     """Return the report's measurements: 64 pictures with the trigger and 64 without, twice each."""
-    engine = Engine("tiny")
+    engine = Engine(base)
     make = _maker(engine, result.adapter)
     judge = Judge.load()
     with_trigger = [
@@ -141,11 +143,12 @@ def _judge(result: RunResult) -> dict[str, Any]:
         verdicts = judge.classify(make(without_trigger, weight, _SEEDS_EACH))
         return sum(follows(verdict, scene) for verdict, scene in zip(verdicts, wanted, strict=True)) / _JUDGED
 
-    sha256_before = engine.weights_sha256()
+    sha256_before, unet_bytes = engine.weights_sha256(), weight_bytes(engine.base.unet)
     return {
         "held_out_loss": {"before": result.loss_before, "after": result.loss_after},
         "concept_share": {"without": concept_share(None), "with": concept_share(1.0)},
         "prompt_following": {"before": following(None), "after": following(1.0)},
+        "unet_bytes": unet_bytes,
         "base_sha256": {"before": sha256_before, "after": engine.weights_sha256()},
         "adapter": str(result.adapter),
     }

@@ -11,12 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from sdlora import storage
 from sdlora.errors import FormatError, OutputError
 from sdlora.storage import (
     atomic_path,
+    cached_sha256,
     check_writable,
     read_header,
     read_tensors,
+    remembered_sha256,
     serialize_tensors,
     sha256_of_file,
     sha256_of_tensor_data,
@@ -269,3 +272,46 @@ def test_paths_are_never_followed_out_of_the_header(tmp_path):
     path.write_bytes(serialize_tensors({"../../evil": torch.ones(1)}, {}))
     assert list(read_tensors(path)[0]) == ["../../evil"]
     assert sorted(Path(tmp_path).iterdir()) == [path]
+
+
+def test_a_large_files_hash_is_remembered_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "_REMEMBERED_FROM_BYTES", 4)
+    path, small = tmp_path / "a.bin", tmp_path / "b.bin"
+    path.write_bytes(b"large")
+    small.write_bytes(b"abc")
+    assert remembered_sha256(path) == ""
+    digest = cached_sha256(path)
+    assert digest == remembered_sha256(path) == hashlib.sha256(b"large").hexdigest()
+    cached_sha256(small)
+    assert remembered_sha256(small) == ""
+    with monkeypatch.context() as context:
+        context.setattr(storage, "sha256_of_file", lambda path: pytest.fail("hashed again"))
+        assert cached_sha256(path) == digest
+    path.write_bytes(b"other")
+    os.utime(path, ns=(1, 1))
+    assert cached_sha256(path) == hashlib.sha256(b"other").hexdigest()
+    path.unlink()
+    small.write_bytes(b"abcdef")
+    cached_sha256(small)
+    entries = json.loads((tmp_path / "cache" / "hashes.json").read_text())
+    assert list(entries) == [str(small)]  # what is gone is forgotten
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"x": 3}', "{" * 100_000])
+def test_a_broken_memory_of_hashes_is_no_obstacle(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("SDLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(storage, "_REMEMBERED_FROM_BYTES", 1)
+    (tmp_path / "hashes.json").write_text(text)
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"abc")
+    assert cached_sha256(path) == hashlib.sha256(b"abc").hexdigest() == remembered_sha256(path)
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SDLORA_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(storage, "_REMEMBERED_FROM_BYTES", 1)
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"abc")
+    assert cached_sha256(path) == hashlib.sha256(b"abc").hexdigest()

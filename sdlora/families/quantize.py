@@ -45,6 +45,9 @@ def _quantized(bitsandbytes: Any, linear: nn.Linear, kind: Quantization, dtype: 
         options = {"compress_statistics": True, "quant_type": "nf4"}
         layer = bitsandbytes.nn.Linear4bit(*shape, compute_dtype=dtype, device="meta", **options)
         layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options)
+        # On some CPUs the first forward pass without gradients would rewrite the weights into a layout that
+        # training cannot use afterwards.
+        layer.support_avx512bf16_for_cpu = False
     else:
         layer = bitsandbytes.nn.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
         layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
@@ -62,7 +65,9 @@ def full_weight(layer: Any) -> torch.Tensor:
     elif kind == "Linear8bitLt":
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        full = int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+        # The row scales move from the weight to the layer's state with the first forward pass.
+        scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+        full = int8_vectorwise_dequant(layer.weight.data, scales)
     else:
         full = layer.weight.detach()
     return full.float()

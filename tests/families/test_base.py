@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from sdlora.config import BaseSection
 from sdlora.errors import ConfigError
 from sdlora.families.base import Conditioning, match_targets
+from sdlora.families.registry import load_base
 
 
 def test_conditioning_rows_and_concatenation():
@@ -67,3 +69,31 @@ def test_dropped_encoders_are_gone(tiny_base):
     assert [name for name, _ in base.components()] == ["unet"]
     assert base.vae is None
     assert base.text_encoders == {}
+
+
+SHAPES = ["sd1", "sd2", "sdxl"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_unets_weights_can_come_after_the_encoders_are_gone(tiny_folder, tiny_base, shape):
+    base = load_base(BaseSection(path=str(tiny_folder(shape)), precision="fp32"), "cpu", unet=False)
+    assert all(parameter.is_meta for parameter in base.unet.parameters())
+    assert match_targets(base.unet, ["attn2.to_k"])
+    base.drop_encoders()
+    base.fetch_unet()
+    base.fetch_unet()
+    expected = tiny_base(shape).unet.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in base.unet.state_dict().items())
+
+
+def test_text_encoders_can_stay_where_they_are_trained(tiny_base):
+    base = tiny_base()
+    base.drop_encoders(keep_text=True)
+    assert base.vae is None and set(base.text_encoders) == {"text_encoder"}
+
+
+def test_presets_are_names_for_patterns():
+    layers = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    assert match_targets(layers, ["first", "1"], {"first": ("0", "7")}) == ["0", "1"]
+    with pytest.raises(ConfigError, match=r"'second' matches no layer of this base; name first, or a pattern"):
+        match_targets(layers, ["second"], {"first": ("0",)})

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,11 +8,11 @@ from PIL import Image
 
 from sdlora.adapters.file import write_adapter
 from sdlora.adapters.inject import new_adapter
-from sdlora.config import AdapterSection
+from sdlora.config import AdapterSection, BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationCancelled, GenerationError, ModelError
 from sdlora.families.base import Conditioning, PictureSize
 from sdlora.generation import engine as engine_module
-from sdlora.generation.engine import Engine
+from sdlora.generation.engine import Engine, refuse_foreign_adapters
 from sdlora.generation.pictures import read_recipe, save_picture
 from sdlora.generation.request import make_request
 from sdlora.storage import sha256_of_file, sha256_of_tensor_data
@@ -282,3 +284,18 @@ def test_a_base_with_dots_in_its_name_keeps_them(tiny_folder, tmp_path):
     (tmp_path / "dreamy-v1.5").symlink_to(tiny_folder("sd1"))
     ((_, recipe),) = Engine(str(tmp_path / "dreamy-v1.5"), device="cpu").generate(ask(steps=1))
     assert recipe.base == "dreamy-v1.5"
+
+
+def test_an_adapter_of_another_family_is_refused_before_any_work(tiny_base, tiny_folder, make_adapter, tmp_path, shape):
+    other = "sd2" if shape == "sdxl" else "sdxl"
+    base = tiny_base(other)
+    metadata = dict(base.family.metadata[base.prediction])
+    path = tmp_path / "other.safetensors"
+    write_adapter(replace(make_adapter(base), metadata=metadata), path)
+    section = BaseSection(path=str(tiny_folder(shape)))
+    with pytest.raises(ModelError) as caught:
+        refuse_foreign_adapters(section, [str(path)])
+    assert f"the adapter is for {base.family.title}" in str(caught.value)
+    with pytest.raises(ModelError, match=f"the adapter is for {base.family.title}"):
+        make(Engine(tiny_base()), ask(adapters=using((str(path), 1.0))))
+    refuse_foreign_adapters(BaseSection(path=str(tiny_folder(other))), [str(path)])

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from sdlora import load_config, parse_config, read_adapter, train
+from sdlora.assets import EXAMPLE_CONCEPT
 from sdlora.errors import ConfigError, DataError, OutputError, TrainingError
 from sdlora.storage import read_header, read_tensors, sha256_of_tensor_data
 from sdlora.training import loop as loop_module
+from sdlora.training import run as run_module
 from sdlora.training.events import read_events
 from sdlora.training.loop import TrainingLoop
 
@@ -299,3 +301,30 @@ def test_wrong_use_is_one_sentence(configure: Any, change: dict[str, Any], error
 def test_held_out_pictures_must_not_be_training_pictures(configure: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="also a training picture"):
         train(configure(validation__folder=settings["data"]["folder"]))
+
+
+@pytest.mark.parametrize("shape", ["sd1"])  # the only really trained base
+def test_a_base_that_is_declared_wrongly_is_warned_about(configure: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base that ships with sdlora predicts epsilon; said to predict v it would learn nonsense, without an error."""
+    folder = str(EXAMPLE_CONCEPT / "train")
+    data = {"data__folder": folder, "data__trigger": "zorblin", "validation__folder": ""}
+    options = {"base__path": "tiny", **data, "training__steps": 1, "optimizer__warmup_steps": 0}
+    result = train(configure(**options, base__prediction="v"))
+    (warning,) = [e for e in read_events(result.folder / "events.jsonl") if e["event"] == "warning"]
+    assert "its output fits epsilon better" in warning["reason"]
+    assert "WARNING: this base is taken to predict v" in capsys.readouterr().out
+    result = train(configure(**options, output__overwrite=True))
+    assert not [e for e in read_events(result.folder / "events.jsonl") if e["event"] == "warning"]
+
+
+def test_a_wrong_target_is_found_before_anything_is_encoded(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "_encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(ConfigError, match=r"'attn9' matches no layer of this base"):
+        train(configure(adapter__targets=("attn9",)))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantized_base_trains_and_is_named_in_the_run(configure: Any, kind: str) -> None:
+    result = train(configure(base__quantize=kind))
+    assert result.effect.noticeable
+    assert load_config(result.folder / "config.toml")["base"]["quantize"] == kind
