@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 BASE ?= tiny
 
-.PHONY: demo app test test-slow lint types bench format clean
+.PHONY: demo app families test test-slow lint types bench format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --out "$(OUT)"
 
 app: $(VENV)/.installed
 	$(BIN)/sdlora app --base "$(BASE)" --library runs
+
+families: $(VENV)/.installed
+	$(BIN)/python benchmarks/families.py --out runs/families
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest

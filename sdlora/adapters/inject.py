@@ -20,6 +20,7 @@ from sdlora.families.quantize import full_weight
 from sdlora.families.traits import FamilyTraits, family_title
 
 _TEXT_MODEL = "text_model."
+_INSIDE_TEXT_MODEL = ("embeddings.", "encoder.", "final_layer_norm")
 
 
 def new_adapter(base: LoadedBase, name: str, section: AdapterSection, seed: int) -> dict[str, list[nn.Parameter]]:
@@ -197,7 +198,7 @@ def _bare(layer: nn.Module) -> Any:
 
 def _canonical(component: str, path: str) -> str:
     """Return the path that files use: text encoders keep the "text_model." that newer libraries dropped."""
-    if component.startswith("text_encoder") and not path.startswith(_TEXT_MODEL):
+    if component.startswith("text_encoder") and path.startswith(_INSIDE_TEXT_MODEL):
         return f"{component}.{_TEXT_MODEL}{path}"
     return f"{component}.{path}"
 

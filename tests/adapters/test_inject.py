@@ -20,6 +20,7 @@ from sdlora.adapters.layers import LoraLayer
 from sdlora.config import AdapterSection
 from sdlora.errors import ConfigError, ModelError
 from sdlora.families.base import Conditioning, PictureSize
+from sdlora.storage import read_header
 
 RANK4 = AdapterSection(rank=4, alpha=2.0, targets=("transformer",), text_encoder=True)
 
@@ -352,6 +353,19 @@ def test_extract_write_read_add_gives_the_live_adapters_output(tiny_base, tmp_pa
     again = extract_adapter(other, "file")
     assert {path: layer.alpha for path, layer in again.items()} == dict.fromkeys(read.layers, 2.0)
     assert all(torch.equal(again[p].down, layer.down) for p, layer in read.layers.items())
+
+
+@pytest.mark.parametrize("shape", ["sdxl"])
+def test_the_projection_behind_the_second_text_encoder_is_written_as_others_write_it(tiny_base, tmp_path):
+    base = tiny_base()
+    section = AdapterSection(rank=2, targets=("attn2.to_k",), text_encoder=True, text_encoder_targets=("*",))
+    new_adapter(base, "trained", section, seed=0)
+    path = tmp_path / "a.safetensors"
+    write_adapter(AdapterFile(extract_adapter(base, "trained"), "sdxl"), path)
+    assert "lora_te2_text_projection.lora_up.weight" in read_header(path).tensors
+    read = read_adapter(path)
+    assert "text_encoder_2.text_projection" in read.layers
+    add_adapter(tiny_base(), "file", read)
 
 
 def test_extracted_layers_are_copies(tiny_base):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import machine
 import pytest
 import train_step
@@ -71,3 +72,11 @@ def test_table_is_markdown() -> None:
 
 def test_peak_memory_is_the_process_own() -> None:
     assert 0.05 < machine.peak_memory_gb() < 100
+
+
+def test_every_family_trains_and_gives_diffusers_own_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert families.main(["--out", str(tmp_path), "--steps", "2"]) == 0
+    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    names = [variant.name for variant in families.VARIANTS]
+    assert [line.split()[0] for line in table[1:6]] == names
+    assert all((tmp_path / f"{name}.png").is_file() for name in names)

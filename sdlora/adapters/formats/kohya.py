@@ -36,7 +36,7 @@ _SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 _COMPOUND = (
     "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "time_emb_proj", "conv_shortcut", "proj_in",
     "proj_out", "conv_in", "conv_out", "time_embedding", "add_embedding", "linear_1", "linear_2", "to_q", "to_k",
-    "to_v", "to_out", "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj",
+    "to_v", "to_out", "text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj",
     "input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers", "emb_layers", "skip_connection",
     "time_embed", "label_emb",
 )  # fmt: skip
