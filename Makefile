@@ -35,6 +35,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/train_step.py --models tiny --busy --steps-tiny 4 --rounds 1 --out benchmarks/results
 	$(BIN)/python benchmarks/train_step.py --models tiny --file-pixels 3464 --out benchmarks/results
 	$(BIN)/python benchmarks/generate.py --out benchmarks/results
+	$(BIN)/python benchmarks/base_memory.py --out benchmarks/results
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

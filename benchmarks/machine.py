@@ -112,25 +112,25 @@ def find_base(model: str, options: argparse.Namespace, scratch: Path) -> tuple[P
     SD 1.5 is measured at --pixels, any other base at its own size.
     """
     if model == "sd15":
-        return _make_sd15(options.sd15 or scratch / "sd15"), options.pixels
+        return make_random_base("sd1", options.sd15 or scratch / "sd15", "float32"), options.pixels
     from sdlora.assets import TINY_SD
 
     folder = TINY_SD if model == "tiny" else Path(model)
     return folder, 8 * int(json.loads((folder / "unet" / "config.json").read_text())["sample_size"])
 
 
-def _make_sd15(folder: Path) -> Path:
-    """`folder` holds a base of the true SD 1.5 architecture, random weights in float32; returns it.
+def make_random_base(shape: str, folder: Path, dtype: str) -> Path:
+    """`folder` holds a base of the true architecture, random weights in torch's `dtype`; returns it.
 
     Made in a process of its own, once: a folder that is there already is used again.
     """
     if not (folder / "model_index.json").is_file():
         program = (
             "import sys, torch; from sdlora.families.tiny import random_base; "
-            "base = random_base('sd1', torch.float32, torch.device('cpu')); "
-            "base.family.make_pipeline(base).save_pretrained(sys.argv[1])"
+            "base = random_base(sys.argv[1], getattr(torch, sys.argv[2]), torch.device('cpu')); "
+            "base.family.make_pipeline(base).save_pretrained(sys.argv[3])"
         )
-        subprocess.run([sys.executable, "-c", program, str(folder)], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", program, shape, dtype, str(folder)], check=True, capture_output=True)
     return folder
 
 

@@ -169,7 +169,7 @@ class ModelFamily(Protocol):
         ...
 
     def decode_latents(self, base: LoadedBase, latents: torch.Tensor) -> torch.Tensor:
-        """Return pixels [B,3,H,W] float32 in [0,1] of scaled latents [B,4,H/8,W/8]."""
+        """Return pixels [B,3,H,W] float32 in [0,1] of scaled latents [B,4,H/8,W/8]; where the VAE overflowed, NaN."""
         ...
 
     def encode_prompts(self, base: LoadedBase, prompts: Sequence[str | None]) -> Conditioning:

@@ -91,13 +91,14 @@ class LatentDiffusion:
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
     def decode_latents(self, base: LoadedBase, latents: torch.Tensor) -> torch.Tensor:
-        """Return pixels [B,3,H,W] float32 in [0,1]."""
+        """Return pixels [B,3,H,W] float32 in [0,1]; where the VAE overflowed, NaN."""
         shift = base.vae.config.shift_factor or 0.0
         unscaled = latents.to(base.vae.dtype) / base.vae.config.scaling_factor + shift
         # Under autocast a VAE that is kept in float32 because it overflows would overflow again.
         with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
             pixels: torch.Tensor = base.vae.decode(unscaled).sample
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        pixels = pixels.float()
+        return (pixels / 2 + 0.5).clamp(0, 1).masked_fill(~pixels.isfinite(), torch.nan)
 
 
 def tokenize(base: LoadedBase, encoder: str, prompts: Sequence[str]) -> torch.Tensor:

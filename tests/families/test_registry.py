@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from families_help import load, refusal
 from safetensors.torch import load_file, save_file
 
 from sdlora.assets import TINY_SD
 from sdlora.config import BaseSection
+from sdlora.families.detect import detect_base
 from sdlora.families.registry import detect_family, find_base, load_base
 from sdlora.families.sd import SD1, SD2
 from sdlora.families.sdxl import SDXL
@@ -219,3 +221,56 @@ def test_a_pickle_checkpoint_is_refused_by_name(tmp_path, name):
 def test_a_pickle_under_another_name_is_refused(tmp_path):
     torch.save({}, tmp_path / "a.safetensors")
     assert "is a pickle or zip archive" in refusal(tmp_path / "a.safetensors")
+
+
+# --- damage in a folder whose weights are in several files -------------------------------------------
+
+
+@pytest.fixture
+def sharded(copy) -> Path:
+    """The tiny SD 1.x folder with its UNet in several files."""
+    (copy / UNET).unlink()
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(copy / "unet"))
+    unet.save_pretrained(copy / "unet", max_shard_size="300KB")
+    assert len(list((copy / "unet").glob("*-of-*.safetensors"))) > 2
+    return copy
+
+
+def test_a_missing_shard_is_noticed(sharded):
+    load(sharded)
+    sorted((sharded / "unet").glob("*-of-*.safetensors"))[1].unlink()
+    assert f"{sharded}: its unet lacks" in refusal(sharded)
+
+
+def test_a_truncated_shard_is_named(sharded):
+    shard = sorted((sharded / "unet").glob("*-of-*.safetensors"))[1]
+    halve(shard)
+    assert f"{shard}: is truncated or damaged" in refusal(sharded)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "name"), [("StableDiffusion3Pipeline", "Stable Diffusion 3"), ("FluxPipeline", "Flux")]
+)
+def test_folders_of_other_models_are_named(tmp_path, pipeline, name):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    assert f"is a {name} model ({pipeline}), which sdlora does not support" in refusal(tmp_path)
+
+
+def test_an_unknown_prediction_type_is_refused(copy):
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "sample"}))
+    assert "prediction_type is 'sample'; sdlora knows epsilon and v_prediction" in refusal(copy)
+
+
+def test_a_prediction_of_the_user_goes_before_the_folders(copy):
+    assert load(copy).prediction == "epsilon"
+    assert load(copy, prediction="v").prediction == "v"
+
+
+def test_odd_things_in_a_folder_are_told(copy):
+    (copy / "model_index.json").unlink()
+    torch.save({}, copy / "unet" / "diffusion_pytorch_model.bin")
+    odd = " | ".join(detect_base(copy).odd)
+    assert "there is no model_index.json" in odd
+    assert "pickle files lie in it and are never opened (unet/diffusion_pytorch_model.bin)" in odd
+    assert load(copy).prediction == "epsilon"
