@@ -1,8 +1,14 @@
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from sdlora.assets import CONFIGS
+from sdlora.families.base import BaseParts, BaseSource
+from sdlora.families.registry import FAMILIES
 from sdlora.families.sd import SD1, SD2
+from sdlora.families.tiny import tiny_pipeline
 
 
 @pytest.mark.parametrize(("shape", "family", "prediction"), [("sd1", SD1, "epsilon"), ("sd2", SD2, "v")])
@@ -104,3 +110,35 @@ def test_pipeline_conditioning_repeats_prompt_and_negative(tiny_base):
 def test_the_entries_by_which_other_programs_tell_the_family(family, prediction, entries):
     keys = ("ss_v2", "ss_base_model_version", "modelspec.architecture")
     assert family.metadata[prediction] == dict(zip(keys, entries, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "prediction", "resolution"),
+    [
+        ("sd1", "epsilon", 512),
+        ("sd2", "epsilon", 512),
+        ("sd2", "v", 768),
+        ("sdxl", "epsilon", 1024),
+        ("sdxl", "v", 1024),
+    ],
+)
+def test_a_base_that_does_not_say_its_size_has_its_kinds(shape, prediction, resolution):
+    pipeline = tiny_pipeline(shape, prediction=prediction)
+    pipeline.unet.register_to_config(sample_size=None)
+    encoders = {name: getattr(pipeline, name) for name in FAMILIES[shape].text_encoders}
+    parts = BaseParts(
+        source=BaseSource("a", Path("a.safetensors"), ""),
+        unet=pipeline.unet,
+        fill_unet=lambda: None,
+        vae=pipeline.vae,
+        text_encoders=encoders,
+        tokenizers={},
+        scheduler_config=dict(pipeline.scheduler.config),
+    )
+    base = FAMILIES[shape].assemble(parts, torch.device("cpu"), torch.float32)
+    assert (base.resolution, base.prediction) == (resolution, prediction)
+
+
+@pytest.mark.parametrize("shape", ["sd1", "sd2", "sdxl"])
+def test_the_bundled_settings_leave_the_size_to_the_family(shape):
+    assert UNet2DConditionModel.load_config(CONFIGS / shape / "unet")["sample_size"] is None
