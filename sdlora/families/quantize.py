@@ -12,16 +12,16 @@ from sdlora.errors import ModelError
 
 
 def quantize_linears(model: Any, kind: Quantization, device: torch.device, dtype: torch.dtype) -> int:
-    """The linear layers of the attention blocks hold their weights in `kind`; returns how many they are.
+    """The linear layers of the attention blocks hold their weights in `kind`; returns how many are new to that.
 
     nf4: 4 bits with double quantisation (Dettmers et al. 2023). int8: 8 bits row by row (Dettmers et al.
-    2022). Products are computed in `dtype`. Everything else stays as it is. Raises ModelError where
-    bitsandbytes cannot do it.
+    2022). Products are computed in `dtype`. Layers whose weights are not there yet are left for a later call,
+    everything else stays as it is. Raises ModelError where bitsandbytes cannot do it.
     """
     try:
         import bitsandbytes
 
-        paths = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and ".attentions." in f".{p}"]
+        paths = [path for path, layer in model.named_modules() if ".attentions." in f".{path}" and _is_ready(layer)]
         for path in paths:
             parent, _, child = path.rpartition(".")
             owner = model.get_submodule(parent)
@@ -35,6 +35,10 @@ def quantize_linears(model: Any, kind: Quantization, device: torch.device, dtype
     # By these peft knows which kind of layer it wraps.
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
     return len(paths)
+
+
+def _is_ready(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and not any(parameter.is_meta for parameter in layer.parameters())
 
 
 def _quantized(bitsandbytes: Any, linear: nn.Linear, kind: Quantization, dtype: torch.dtype) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtyp
     def fill_unet() -> None:
         if section.quantize == "none":
             fill(unet, weights, "unet", device, dtype)
-        else:  # layer by layer onto the device, which never has to hold the whole UNet in `dtype`
-            fill(unet, weights, "unet", torch.device("cpu"), dtype)
-            quantize_linears(unet, section.quantize, device, dtype)
+        else:  # as they come from the file, so that the UNet is never there whole in `dtype`
+            quantize = partial(quantize_linears, unet, section.quantize, device, dtype)
+            fill(unet, weights, "unet", torch.device("cpu"), dtype, after_some=quantize)
         unet.to(device)
 
     index = weights.configs / "model_index.json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,10 +106,17 @@ def skeleton(kind: Any, weights: Weights, part: str) -> Any:
         return kind(kind.config_class.from_pretrained(weights.configs / part))
 
 
-def fill(model: Any, weights: Weights, part: str, device: torch.device, dtype: torch.dtype) -> None:
+def fill(
+    model: Any,
+    weights: Weights,
+    part: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    after_some: Callable[[], object] = lambda: None,
+) -> None:
     """Every weight of `model` is the file's, on the device; convolutions are in channels-last layout.
 
-    The libraries keep the mapped file beside the converted weights; for float32 files and a bf16 base that
+    `after_some` is called whenever some more weights are there. The libraries keep the mapped file beside the converted weights; for float32 files and a bf16 base that
     is three times the model. Here a few tensors are converted at a time and the file is mapped anew for
     the next. Raises ModelError for missing weights, which the libraries would fill with random numbers,
     and RuntimeError for weights of another shape.
@@ -121,6 +128,7 @@ def fill(model: Any, weights: Weights, part: str, device: torch.device, dtype: t
             {name: _placed(tensor, device, dtype) for name, tensor in wanted.items()}, strict=False, assign=True
         )
         missing -= wanted.keys()
+        after_some()
     if missing:
         raise ModelError(
             f"{weights.place}: its {part} lacks {len(missing)} weights, such as {min(missing)}; "
