@@ -223,6 +223,8 @@ def _parse_header(path: Path, raw: bytes, size: int) -> SafetensorsHeader:
             name: TensorEntry(str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
             for name, e in entries.items()
         }
+        if not all(isinstance(side, int) for e in entries.values() for side in (*e["shape"], *e["data_offsets"])):
+            raise ValueError("sizes must be whole numbers")
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata values must be text")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

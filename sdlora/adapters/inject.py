@@ -57,7 +57,9 @@ def choose_targets(base: LoadedBase, section: AdapterSection) -> dict[str, list[
     if section.text_encoder:
         presets = base.family.text_encoder_presets
         for component, encoder in base.text_encoders.items():
-            targets[component] = match_targets(encoder, section.text_encoder_targets, presets)
+            targets[component] = match_targets(
+                encoder, section.text_encoder_targets, presets, "adapter.text_encoder_targets"
+            )
     return targets
 
 

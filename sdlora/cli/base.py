@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="what a base is, told from its headers alone",
         description="Tell family, prediction type, precision, components, size, hashes and oddities of a base. "
-        "Only headers are read, unless --hash is given.",
+        "Only headers are read, unless --hash is given; a Hugging Face id is downloaded first.",
     )
     fields = BaseSection.model_fields
     inspect.add_argument("path", help=fields["path"].description)

@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -93,6 +94,8 @@ class LoadedBase:
     quantize: Quantization = "none"
     """The form that the UNet's linear layers are held in."""
     unet_loader: Callable[[], None] | None = None
+    measured_when_fetched: bool = False
+    """Whether `prediction` is a guess until the UNet is fetched."""
 
     @property
     def prediction(self) -> Prediction:
@@ -225,14 +228,24 @@ class BaseParts:
     """The folder's model_index.json."""
 
 
+def autocast(base: LoadedBase) -> AbstractContextManager[Any]:
+    """Matrix products run in the base's precision, also those with an adapter's float32 weights."""
+    if base.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(base.device.type, dtype=base.dtype)
+
+
 def match_targets(
-    module: torch.nn.Module, targets: Sequence[str], presets: Mapping[str, Sequence[str]] = MappingProxyType({})
+    module: torch.nn.Module,
+    targets: Sequence[str],
+    presets: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    setting: str = "adapter.targets",
 ) -> list[str]:
     """Return the sorted paths of the linear and convolution layers that any target matches.
 
     A target is the name of a preset, or a pattern that matches the end of a path, from a dot on, with shell
-    wildcards: "attn2.to_k", "attn*.to_*", "ff.net.0.proj". Raises ConfigError for a target that matches
-    nothing.
+    wildcards: "attn2.to_k", "attn*.to_*", "ff.net.0.proj". Raises ConfigError, naming `setting`, for a target
+    that matches nothing.
     """
     paths = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
     chosen: set[str] = set()
@@ -243,7 +256,7 @@ def match_targets(
         if not found:
             known = f"{', '.join(presets)}, or " if presets else ""
             raise ConfigError(
-                f"adapter.targets: {target!r} matches no layer of this base; name {known}a pattern such as 'attn2.to_k'"
+                f"{setting}: {target!r} matches no layer of this base; name {known}a pattern such as 'attn2.to_k'"
             )
         chosen.update(found)
     return sorted(chosen)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +46,18 @@ _FOREIGN = {
     "edm_vpred.sigma_max": "is a CosXL checkpoint (EDM), which sdlora does not support",
     "control_model.": "is a ControlNet, not a base",
     "zero_convs.": "is a ControlNet, not a base",
+    "noise_augmentor.": "is an unCLIP model, which makes pictures of pictures, and no text-to-image base",
+    ".scale_weight": "is stored in scaled fp8, which sdlora does not read; get it in fp16 or bf16",
+    ".scale_input": "is stored in scaled fp8, which sdlora does not read; get it in fp16 or bf16",
+    "scaled_fp8": "is stored in scaled fp8, which sdlora does not read; get it in fp16 or bf16",
     "conditioner.embedders.0.model.": "is the refiner of Stable Diffusion XL, not its base",
 }
+# Those of them that a file has beside all components of a family.
+_FOREIGN_INSIDE = ("edm_mean", "edm_vpred.sigma_max", "noise_augmentor.", ".scale_weight", ".scale_input", "scaled_fp8")
+_FOREIGN_NOISE = ("EDM", "FlowMatch")
+_CLASS_CONDITIONED = (
+    "its UNet is also told a class or a picture (an unCLIP or upscaling model); use a text-to-image base"
+)
 _FOREIGN_PIPELINES = {
     "StableDiffusion3": "Stable Diffusion 3",
     "Flux": "Flux",
@@ -96,13 +107,15 @@ def _family_of_folder(folder: Path) -> FamilyTraits:
         if pipeline.startswith(start):
             raise ModelError(f"{folder}: is a {name} model ({pipeline}), which sdlora does not support")
     if not (folder / "unet" / "config.json").is_file():
-        inside = sorted(item.name for item in folder.iterdir())[:4]
+        inside = _names_in(folder)
         raise ModelError(
             f"{folder}: is not a diffusers model folder (it has no unet/config.json"
             + (f"; it holds {', '.join(inside)}" if inside else "; it is empty")
             + "); name the folder that holds model_index.json, or a .safetensors checkpoint"
         )
     config = read_json(folder / "unet" / "config.json")
+    if config.get("class_embed_type") or config.get("num_class_embeds"):
+        raise ModelError(f"{folder}: {_CLASS_CONDITIONED}")
     family = next((family for family in ALL_TRAITS if family.recognises_unet(config)), None)
     if family is None:
         raise ModelError(f"{folder}: has a UNet of an unknown kind ({config.get('addition_embed_type')!r} embedding)")
@@ -114,6 +127,14 @@ def _family_of_folder(folder: Path) -> FamilyTraits:
     return family
 
 
+def _names_in(folder: Path) -> list[str]:
+    """Return the first few names in a folder. Raises ModelError where it is none, or cannot be read."""
+    try:
+        return sorted(item.name for item in folder.iterdir())[:4]
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be read as a file or folder ({error.strerror})") from error
+
+
 def _facts_of_folder(folder: Path, variant: str) -> BaseFacts:
     family = _family_of_folder(folder)
     parts = ("unet", "vae", *family.encoder_prefixes)
@@ -123,25 +144,24 @@ def _facts_of_folder(folder: Path, variant: str) -> BaseFacts:
     }
     scheduler = folder / "scheduler" / "scheduler_config.json"
     settings = read_json(scheduler) if scheduler.is_file() else {}
-    declared = settings.get("prediction_type")
+    noise = str(settings.get("_class_name", ""))
+    if noise.startswith(_FOREIGN_NOISE):
+        raise ModelError(f"{folder}: was trained with another kind of noise ({noise}), which sdlora does not support")
+    declared = settings.get("prediction_type", "epsilon")  # the format's own default
     prediction = next((name for name, theirs in PREDICTION_TYPES.items() if theirs == declared), None)
-    if declared and not prediction:
+    if not prediction:
         raise ModelError(f"{scheduler}: prediction_type is {declared!r}; sdlora knows epsilon and v_prediction")
-    odd = []
-    if not (folder / "model_index.json").is_file():
-        odd.append("there is no model_index.json: other programs will not take it for a model folder")
-    pickles = [f"{part}/{file.name}" for part in parts for file in sorted((folder / part).glob("*.bin"))]
-    if pickles:
-        odd.append(f"pickle files lie in it and are never opened ({', '.join(pickles)})")
+    odd = _odd_folder(folder, family, files)
     return BaseFacts(
         path=folder,
         family=family,
         prediction=prediction,
-        declared_by="scheduler/scheduler_config.json" if prediction else "",
+        declared_by="scheduler/scheduler_config.json"
+        + ("" if "prediction_type" in settings else ", by leaving it out"),
         zero_terminal_snr=bool(settings.get("rescale_betas_zero_snr")),
         components=components,
         files=files,
-        odd=(*odd, *_odd_precisions(components), *_undeclared(prediction)),
+        odd=(*odd, *_odd_precisions(components)),
     )
 
 
@@ -219,9 +239,11 @@ def _family_of_keys(path: Path, header: SafetensorsHeader) -> FamilyTraits:
         raise ModelError(f"{path}: {_describe_foreign(keys)}")
     if not any(key.startswith(VAE_PREFIX) for key in keys):
         raise ModelError(f"{path}: holds no VAE; use the full checkpoint, not a part of it")
-    for mark, sentence in _FOREIGN.items():
-        if mark in keys:  # a whole key: EDM models look like SDXL otherwise
-            raise ModelError(f"{path}: {sentence}")
+    for mark in _FOREIGN_INSIDE:
+        if any(mark in key for key in keys):
+            raise ModelError(f"{path}: {_FOREIGN[mark]}")
+    if not family.takes_sizes and any(key.startswith(UNET_PREFIX + "label_emb.") for key in keys):
+        raise ModelError(f"{path}: {_CLASS_CONDITIONED}")
     shape = keys[_FIRST_LAYER].shape
     if len(shape) != 4 or shape[1] != LATENT_CHANNELS:
         raise ModelError(f"{path}: {describe_channels(shape[1] if len(shape) > 1 else 0)}")
@@ -232,6 +254,8 @@ def _describe_foreign(keys: Mapping[str, TensorEntry]) -> str:
     for mark, sentence in _FOREIGN.items():
         if any(mark in key for key in keys):
             return sentence
+    if any(key.startswith(("decoder.conv_in.", VAE_PREFIX)) for key in keys) and _FIRST_LAYER not in keys:
+        return "is a VAE alone; use a full checkpoint"
     if _FIRST_LAYER in keys:
         return "holds no text encoder; use the full checkpoint, not the UNet alone"
     if any(key.startswith("down_blocks.") for key in keys):
@@ -271,6 +295,23 @@ def _summary(entries: Iterable[TensorEntry]) -> tuple[int, str]:
             name = _PRECISIONS.get(entry.dtype, entry.dtype)
             counts[name] = counts.get(name, 0) + size
     return sum(counts.values()), " and ".join(sorted(counts, key=lambda name: -counts[name]))
+
+
+def _odd_folder(folder: Path, family: FamilyTraits, files: Mapping[str, Sequence[Path]]) -> list[str]:
+    odd = []
+    if not (folder / "model_index.json").is_file():
+        odd.append("there is no model_index.json: other programs will not take it for a model folder")
+    tokenizers = [encoder.replace("text_encoder", "tokenizer") for encoder in family.encoder_prefixes]
+    needed = [f"{part}/config.json" for part in files] + ["scheduler/scheduler_config.json", *tokenizers]
+    odd += [f"it cannot be loaded: {name} is missing" for name in needed if not (folder / name).exists()]
+    for part, found in files.items():
+        count = re.search(r"-of-(\d{5})\.safetensors$", found[-1].name)
+        if count and len(found) != int(count[1]):
+            odd.append(f"it cannot be loaded: its {part} is in {int(count[1])} files, of which {len(found)} are there")
+    pickles = [f"{part}/{file.name}" for part in files for file in sorted((folder / part).glob("*.bin"))]
+    if pickles:
+        odd.append(f"pickle files lie in it and are never opened ({', '.join(pickles)})")
+    return odd
 
 
 def _odd_precisions(components: Mapping[str, tuple[int, str]]) -> list[str]:

@@ -103,11 +103,12 @@ class LatentDiffusion:
 
 def tokenize(base: LoadedBase, encoder: str, prompts: Sequence[str]) -> torch.Tensor:
     """Return the token ids [B,77] of an encoder's own tokenizer on the base's device; longer prompts are cut."""
-    tokenizer = base.tokenizers[encoder]
-    tokens = tokenizer(
+    # Not the tokenizer's own limit: one of vocab.json and merges.txt alone knows none.
+    length = base.text_encoders[encoder].config.max_position_embeddings
+    tokens = base.tokenizers[encoder](
         list(prompts),
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=length,
         truncation=True,
         return_tensors="pt",
     )
@@ -116,6 +117,13 @@ def tokenize(base: LoadedBase, encoder: str, prompts: Sequence[str]) -> torch.Te
 
 
 def sampler(base: LoadedBase) -> Any:
-    """Return the scheduler that the base ships with, for making pictures."""
-    kind = getattr(diffusers, base.sampler_config.get("_class_name", ""), diffusers.PNDMScheduler)
-    return kind.from_config(base.sampler_config)
+    """Return the scheduler that the base ships with, for making pictures. Raises ModelError where there is none."""
+    name = base.sampler_config.get("_class_name") or "PNDMScheduler"
+    kind = getattr(diffusers, name, None)
+    where = f"{base.source.name}: its scheduler_config.json names the sampler {name}"
+    if not (isinstance(kind, type) and hasattr(kind, "from_config") and name.endswith("Scheduler")):
+        raise ModelError(f"{where}, which diffusers does not have; write DDIMScheduler there")
+    try:
+        return kind.from_config(base.sampler_config)
+    except ImportError as error:
+        raise ModelError(f"{where}, which needs a library that is not installed; pip install scipy") from error

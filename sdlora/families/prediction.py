@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from sdlora.diffusion import Prediction, add_noise, training_target
-from sdlora.families.base import Conditioning, LoadedBase, PictureSize
+from sdlora.errors import ModelError
+from sdlora.families.base import Conditioning, LoadedBase, PictureSize, autocast
 
 _CLEAR = 2.0
 _FITS = 0.5
@@ -31,8 +33,7 @@ def prediction_losses(
     """
     table = base.alphas_cumprod
     noisy = add_noise(latents, noise, timesteps, table).to(base.device, base.dtype)
-    autocast = torch.autocast(base.device.type, dtype=base.dtype, enabled=base.dtype != torch.float32)
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), autocast(base):
         texts = conditioning.to(base.device, base.dtype)
         output = base.family.predict(base, noisy, timesteps.to(base.device), texts, sizes).float().cpu()
     kinds: tuple[Prediction, ...] = ("epsilon", "v")
@@ -51,13 +52,17 @@ def check_prediction(
 ) -> str:
     """Return a warning where the UNet's output on a batch of real latents [B,4,h,w] fits the other target, else "".
 
-    Asked between the middle of the schedule and its noisy end, where the two targets differ most.
+    Asked between the middle of the schedule and its noisy end, where the two targets differ most, one picture
+    at a time, so that it needs less memory than training does.
     """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(latents.shape, generator=generator)
-    length = len(base.alphas_cumprod)
-    timesteps = torch.tensor([int(length * (0.5 + 0.3 * row / len(latents))) for row in range(len(latents))])
-    losses = prediction_losses(base, latents, noise, timesteps, conditioning, sizes)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    length, count = len(base.alphas_cumprod), len(latents)
+    losses: dict[Prediction, float] = {"epsilon": 0.0, "v": 0.0}
+    for row in range(count):
+        timestep = torch.tensor([int(length * (0.5 + 0.3 * row / count))])
+        one = slice(row, row + 1)
+        found_here = prediction_losses(base, latents[one], noise[one], timestep, conditioning.rows([row]), [sizes[row]])
+        losses = {kind: losses[kind] + loss / count for kind, loss in found_here.items()}
     found = clearly_predicts(losses)
     if found is None or found == base.prediction:
         return ""
@@ -68,20 +73,23 @@ def check_prediction(
     )
 
 
-def measure_prediction(base: LoadedBase) -> Prediction | None:
+def measure_prediction(base: LoadedBase, no_prompt: Conditioning) -> Prediction | None:
     """Return what the UNet predicts, told without any picture; None where that is not clear.
 
     Near the last timestep the input is almost pure noise. An epsilon model returns it; a v model returns
-    minus its guess of the picture, which has nothing to do with it.
+    minus its guess of the picture, which has nothing to do with it. `no_prompt` is one row. Raises ModelError
+    where the UNet gives NaN.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((1, 4, _LATENT_SIDE, _LATENT_SIDE), generator=generator)
     timesteps = torch.tensor([int(0.99 * len(base.alphas_cumprod))])
-    with torch.no_grad():
-        conditioning = base.family.encode_prompts(base, [None])
     side = 8 * _LATENT_SIDE
     size = PictureSize((side, side), (0, 0), (side, side))
-    loss = prediction_losses(base, torch.zeros_like(noise), noise, timesteps, conditioning, [size])["epsilon"]
+    loss = prediction_losses(base, torch.zeros_like(noise), noise, timesteps, no_prompt, [size])["epsilon"]
+    if not math.isfinite(loss):
+        raise ModelError(
+            f"{base.source.name}: its UNet gives NaN in {base.dtype}; use another base.precision, or get the file again"
+        )
     if loss < _IS_THE_NOISE:
         return "epsilon"
     return "v" if loss > _IS_NOT_THE_NOISE else None

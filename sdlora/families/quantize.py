@@ -26,6 +26,8 @@ def quantize_linears(model: Any, kind: Quantization, device: torch.device, dtype
             parent, _, child = path.rpartition(".")
             owner = model.get_submodule(parent)
             setattr(owner, child, _quantized(bitsandbytes, getattr(owner, child), kind, dtype).to(device))
+    except torch.OutOfMemoryError:
+        raise
     except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
         raise ModelError(
@@ -55,6 +57,8 @@ def _quantized(bitsandbytes: Any, linear: nn.Linear, kind: Quantization, dtype: 
     else:
         layer = bitsandbytes.nn.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
         layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        # The layer would rewrite its bias in the precision of whatever comes in, which under autocast varies.
+        layer.register_forward_pre_hook(lambda _, inputs: tuple(tensor.to(dtype) for tensor in inputs))
     layer.bias = linear.bias
     return layer
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 
 from sdlora.assets import CONFIGS
 from sdlora.config import BaseSection
-from sdlora.errors import ModelError
+from sdlora.diffusion import Prediction
+from sdlora.errors import ConfigError, ModelError
 from sdlora.families.base import BaseParts, BaseSource, LoadedBase, ModelFamily
 from sdlora.families.detect import BaseFacts, detect_base, family_of, read_json
 from sdlora.families.prediction import measure_prediction
@@ -37,48 +40,62 @@ def load_base(section: BaseSection, device: torch.device | str | None = None, *,
     Raises ModelError or FormatError, with one sentence, for anything that is no usable base.
     """
     _quiet_progress_bars()
-    target = torch.device(device) if device is not None else default_device()
+    target = find_device(device)
     path = find_base(section)
+    if path.is_dir() and (section.config or section.tokenizer):
+        raise ConfigError(
+            f"{path}: is a folder, which describes itself; base.config and base.tokenizer are for checkpoints"
+        )
     facts = detect_base(path, section.variant)
-    try:
+    with _explained(facts):
         base = _assemble(section, facts, target, _choose_dtype(section.precision, target))
-        undeclared = section.prediction == "auto" and facts.prediction is None
-        if unet or undeclared:
+        if section.prediction == "auto" and facts.prediction is None and not _config_declares(section):
+            _measure_when_fetched(base)
+        if unet or _size_depends_on_prediction(base):
             base.fetch_unet()
-        return _with_measured_prediction(base) if undeclared else base
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise ModelError(
-                f"{path}: does not fit into the GPU's memory; set base.precision to bf16 or fp16, "
-                "or base.quantize to nf4"
-            ) from error
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return base
+
+
+@contextmanager
+def _explained(facts: BaseFacts) -> Iterator[None]:
+    """Inside, what the libraries raise for files and models that do not go together becomes a ModelError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{facts.path}: does not fit into the GPU's memory; set base.precision to bf16 or fp16, "
+            "or base.quantize to nf4"
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        lines = [*str(error).strip().splitlines(), type(error).__name__]
+        detail = (lines[1] if lines[0].endswith(":") else lines[0]).strip()[:200]
         advice = (
             "a checkpoint of another size needs base.config, a diffusers folder that describes it"
-            if path.is_file()
-            else "the folder must hold unet, vae, text_encoder, tokenizer and scheduler in diffusers format"
+            if facts.path.is_file()
+            else "its weights and its settings must belong together; download or export it again"
         )
-        raise ModelError(f"{path}: cannot be loaded as {facts.family.title} ({detail}); {advice}") from error
+        raise ModelError(f"{facts.path}: cannot be loaded as {facts.family.title} ({detail}); {advice}") from error
 
 
 def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtype: torch.dtype) -> LoadedBase:
     family = FAMILIES[facts.family.name]
     weights = _weights(section, facts)
     if facts.path.is_file():
-        digest = cached_sha256(facts.path)
         tokenizers = checkpoint_tokenizers(section, family, facts.path, weights.configs)
+        digest = cached_sha256(facts.path)
     else:
-        digest = _folder_sha256(facts.path, [file for files in facts.files.values() for file in files])
         tokenizers = folder_tokenizers(facts.path, family)
+        digest = _folder_sha256(facts.path, [file for files in facts.files.values() for file in files])
     unet = skeleton(UNet2DConditionModel, weights, "unet")
 
     def fill_unet() -> None:
-        if section.quantize == "none":
-            fill(unet, weights, "unet", device, dtype)
-        else:  # as they come from the file, so that the UNet is never there whole in `dtype`
-            quantize = partial(quantize_linears, unet, section.quantize, device, dtype)
-            fill(unet, weights, "unet", torch.device("cpu"), dtype, after_some=quantize)
-        unet.to(device)
+        with _explained(facts):
+            if section.quantize == "none":
+                fill(unet, weights, "unet", device, dtype)
+            else:  # as they come from the file, so that the UNet is never there whole in `dtype`
+                quantize = partial(quantize_linears, unet, section.quantize, device, dtype)
+                fill(unet, weights, "unet", torch.device("cpu"), dtype, after_some=quantize)
+            unet.to(device)
 
     index = weights.configs / "model_index.json"
     parts = BaseParts(
@@ -145,22 +162,48 @@ def _scheduler_config(section: BaseSection, facts: BaseFacts, weights: Weights) 
     return config
 
 
-def _with_measured_prediction(base: LoadedBase) -> LoadedBase:
-    """The base predicts what its UNet was found to predict; what that was is in its notes."""
-    measured = measure_prediction(base)
+def _config_declares(section: BaseSection) -> bool:
+    """Return whether the folder that the user names to describe a checkpoint says what it predicts."""
+    scheduler = Path(section.config).expanduser() / "scheduler" / "scheduler_config.json"
+    return bool(section.config) and scheduler.is_file() and "prediction_type" in read_json(scheduler)
+
+
+def _size_depends_on_prediction(base: LoadedBase) -> bool:
+    """Return whether what the base predicts is yet to be measured and decides the size of its pictures, as in SD 2.x."""
+    sizes = set(base.family.resolutions.values())
+    return base.measured_when_fetched and base.unet.config.sample_size is None and len(sizes) > 1
+
+
+def _measure_when_fetched(base: LoadedBase) -> None:
+    """Once the UNet is fetched the base predicts what it was found to predict; what that was is in its notes."""
+    with torch.no_grad():  # now, because the text encoders may be gone then
+        no_prompt = base.family.encode_prompts(base, [None]).to(torch.device("cpu"))
+    fetch = base.unet_loader
+    base.measured_when_fetched = True
+
+    def fetch_and_measure() -> None:
+        if fetch is not None:
+            fetch()
+        _adopt(base, measure_prediction(base, no_prompt))
+
+    base.unet_loader = fetch_and_measure
+
+
+def _adopt(base: LoadedBase, measured: Prediction | None) -> None:
+    """The base predicts `measured`, or what it was taken to where that is None."""
+    base.measured_when_fetched = False
     if measured is None:
         base.notes += (
             f"the base does not say what it predicts, and measuring it gave no clear answer; taken as {base.prediction}",
         )
-        return base
+        return
     if measured != base.prediction:
         theirs = PREDICTION_TYPES[measured]
         base.scheduler.register_to_config(prediction_type=theirs)
         base.sampler_config["prediction_type"] = theirs
-        if base.source.path.is_file() and base.unet.config.sample_size is None:
+        if base.unet.config.sample_size is None:
             base.resolution = base.family.resolutions[measured]
     base.notes += (f"the base does not say what it predicts; measured: {measured}",)
-    return base
 
 
 def detect_family(path: Path) -> ModelFamily:
@@ -177,6 +220,22 @@ def _quiet_progress_bars() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+def find_device(name: torch.device | str | None) -> torch.device:
+    """Return the device called `name`, or the default one. Raises ConfigError for one that is not there."""
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {str(name)!r}; expected cpu, cuda, cuda:1 or mps") from error
+    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing or (device.index or 0) >= max(1, torch.cuda.device_count() if device.type == "cuda" else 1):
+        raise ConfigError(f"device is {str(name)!r}, which torch does not see here; 'sdlora doctor' tells more")
+    return device
 
 
 def default_device() -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,8 @@ def _download_base(name: str, section: BaseSection) -> Path:
     except HFValidationError as error:
         raise ModelError(f"{name}: is neither an existing file or folder nor a Hugging Face id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise ModelError(f"{name}: the disk is full; free some room in {constants.HF_HUB_CACHE}") from error
         reason = "HF_HUB_OFFLINE is set" if offline else "huggingface.co cannot be reached"
         raise ModelError(
             f"{name}: there is no such folder, it is not in the Hugging Face cache, and {reason}; "

@@ -50,7 +50,8 @@ SDXL_TRAITS = FamilyTraits(
     True,
     True,
 )
-ALL_TRAITS = (SD1_TRAITS, SD2_TRAITS, SDXL_TRAITS)
+ALL_TRAITS = (SDXL_TRAITS, SD2_TRAITS, SD1_TRAITS)
+"""The most demanding first: a merge may have kept stray keys of another family."""
 
 
 def family_title(name: str) -> str:

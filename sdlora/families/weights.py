@@ -80,7 +80,7 @@ class CheckpointWeights:
             names: dict[str, str] = convert_ldm_unet_checkpoint(keys, dict(model.config))  # it only renames
         except KeyError as error:
             raise ModelError(
-                f"{self.place}: its unet lacks 1 weights, such as {error.args[0]}; download or export it again"
+                f"{self.place}: its unet lacks the weight {error.args[0]}; download or export it again"
             ) from error
         return names
 

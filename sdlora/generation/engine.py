@@ -57,9 +57,10 @@ class _Resident:
 
 def refuse_foreign_adapters(base: BaseSection, adapters: Sequence[str]) -> None:
     """Raise ModelError or FormatError for an adapter that says it is for another family, before anything is loaded."""
+    theirs = [adapter_family(path) for path in adapters]
     family = family_of(find_base(base))
-    for path in adapters:
-        refuse_other_family(adapter_family(path), family, base.path)
+    for name in theirs:
+        refuse_other_family(name, family, base.path)
 
 
 class Engine:

@@ -10,8 +10,8 @@ import torch
 
 from sdlora.adapters.inject import adapters_off, base_weight_norms, extract_adapter
 from sdlora.data.cache import CachedExample
-from sdlora.families.base import Conditioning, LoadedBase
-from sdlora.training.objective import CaptionRows, autocast
+from sdlora.families.base import Conditioning, LoadedBase, autocast
+from sdlora.training.objective import CaptionRows
 
 _NOTICEABLE = 1e-3
 

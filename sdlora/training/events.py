@@ -2,7 +2,7 @@
 
 Every line has `event` and `time` (seconds since 1970). The kinds and their fields:
 
-- start: steps, pictures, trainable_parameters, device, precision, resumed_at_step
+- start: steps, pictures, trainable_parameters, device, precision, quantize, prediction, resumed_at_step
 - warning: reason (the run goes on, but something about it looks wrong)
 - step: step, loss, gradient_norm, learning_rate, examples_seen, images_per_second, eta_seconds
 - skipped: step, reason (an optimizer step left out because of a non-finite loss or gradient)

@@ -278,6 +278,8 @@ class TrainingLoop:
             trainable_parameters=sum(p.numel() for p in self.parameters),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             precision=str(self.base.dtype).removeprefix("torch."),
+            quantize=self.base.quantize,
+            prediction=self.base.prediction,
             resumed_at_step=resumed_at,
         )
 

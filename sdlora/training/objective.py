@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 
@@ -21,17 +19,10 @@ from sdlora.diffusion import (
     step_generator,
     training_target,
 )
-from sdlora.families.base import Conditioning, LoadedBase, PictureSize
+from sdlora.families.base import Conditioning, LoadedBase, PictureSize, autocast
 
 CaptionRows = Mapping[str | None, Conditioning]
 """Encoded captions by their text, None standing for no prompt; empty when the text encoder is trained and captions are encoded live."""
-
-
-def autocast(base: LoadedBase) -> AbstractContextManager[Any]:
-    """Matrix products run in the base's precision, also those with the adapter's float32 weights."""
-    if base.dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(base.device.type, dtype=base.dtype)
 
 
 def batch_loss(

@@ -38,7 +38,7 @@ from sdlora.training.state import load_newest_state, run_identity
 Preview = Callable[[LoadedBase, str, SamplesSection, Path], Sequence[Path]]
 """Makes the sample pictures: (base, name of its live adapter, what to make, folder) -> written files."""
 
-_CHECKED_PICTURES = 4
+_CHECKED_PICTURES = 2
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,7 @@ def _train(
         base = load_base(config.base, accelerator.device, unet=False)
     choose_targets(base, config.adapter)  # a wrong pattern is found before the pictures are encoded
     view = ProgressView(visible=accelerator.is_main_process)
-    kind = f"{base.family.title}, predicts {base.prediction}, {base.dtype} on {base.device}"
-    view.say(f"base {base.source.name}: {kind}".replace("torch.", ""))
-    for note in base.notes:
-        view.say(note)
+    view.say(f"base {base.source.name}: {base.family.title}, {base.dtype} on {base.device}".replace("torch.", ""))
     view.say(dataset.summary())
     with _timed(seconds, "encode"):
         examples, validation, captions = _encode(config, base, dataset, held_out, view)
@@ -130,6 +127,8 @@ def _train(
         base.drop_encoders(keep_text=config.adapter.text_encoder)
     with _timed(seconds, "load"):
         base.fetch_unet()
+    for note in base.notes:
+        view.say(note)
     if warning := _check_prediction(base, examples, captions):
         events.write("warning", reason=warning)
         view.say(f"WARNING: {warning}")
@@ -242,7 +241,10 @@ def _check_prediction(base: LoadedBase, examples: Sequence[CachedExample], capti
         with torch.no_grad():
             conditioning = base.family.encode_prompts(base, texts)
     latents = torch.stack([example.mean[0] for example in batch])
-    return check_prediction(base, latents, conditioning, [example.size for example in batch])
+    try:
+        return check_prediction(base, latents, conditioning, [example.size for example in batch])
+    except torch.OutOfMemoryError:
+        return "too little memory to check what the base predicts; training will need still more"
 
 
 def _sampler(

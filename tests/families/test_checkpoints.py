@@ -1,5 +1,7 @@
 """Single files in the original layout, written by tests/ldm_layout.py."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from PIL import ImageChops
 from safetensors.torch import load_file, save_file
 
 from sdlora.assets import TINY_SD
+from sdlora.config import BaseSection
 from sdlora.families.detect import detect_base
+from sdlora.families.registry import load_base
 from sdlora.families.tiny import tiny_pipeline
 from sdlora.generation.engine import Engine
 from sdlora.generation.request import make_request
@@ -161,17 +165,88 @@ def trained_checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def test_what_is_not_declared_is_measured(trained_checkpoint):
-    base = load(trained_checkpoint, config=str(TINY_SD))
+@pytest.fixture
+def silent_config(tmp_path) -> str:
+    """A folder that describes the base that ships with sdlora, but not what it predicts."""
+    folder = tmp_path / "config"
+    shutil.copytree(TINY_SD, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text())
+    del settings["prediction_type"]
+    path.write_text(json.dumps(settings))
+    return str(folder)
+
+
+def test_what_is_not_declared_is_measured(trained_checkpoint, silent_config):
+    base = load(trained_checkpoint, config=silent_config)
     assert base.prediction == "epsilon"
     assert base.notes == ("the base does not say what it predicts; measured: epsilon",)
 
 
-def test_a_declaration_of_the_user_is_followed(trained_checkpoint):
-    base = load(trained_checkpoint, config=str(TINY_SD), prediction="v")
+def test_it_is_measured_when_the_unet_comes_though_the_encoders_are_gone(trained_checkpoint, silent_config):
+    section = BaseSection(path=str(trained_checkpoint), config=silent_config, precision="fp32")
+    base = load_base(section, "cpu", unet=False)
+    assert all(parameter.is_meta for parameter in base.unet.parameters())
+    base.drop_encoders()
+    base.fetch_unet()
+    assert base.notes == ("the base does not say what it predicts; measured: epsilon",)
+
+
+def test_where_the_size_of_pictures_hangs_on_it_it_is_measured_at_once(tmp_path, tiny_folder):
+    """SD 2.x: 512 pixels where it predicts epsilon, 768 where it predicts v. An untrained UNet returns no noise."""
+    path, config = tmp_path / "a.safetensors", tmp_path / "config"
+    pipeline = tiny_pipeline("sd2")
+    ldm_layout.write_checkpoint(pipeline, path)
+    shutil.copytree(tiny_folder("sd2"), config, ignore=shutil.ignore_patterns("*.safetensors"))
+    for part, key in (("unet", "sample_size"), ("scheduler", "prediction_type")):
+        (file,) = (config / part).glob("*config.json")
+        settings = json.loads(file.read_text())
+        settings.pop(key)
+        file.write_text(json.dumps({**settings, **({"sample_size": None} if part == "unet" else {})}))
+    base = load_base(BaseSection(path=str(path), config=str(config), precision="fp32"), "cpu", unet=False)
+    assert (base.prediction, base.resolution) == ("v", 768)
+    assert not any(parameter.is_meta for parameter in base.unet.parameters())
+
+
+def test_a_declaration_of_the_user_is_followed(trained_checkpoint, silent_config):
+    base = load(trained_checkpoint, config=silent_config, prediction="v")
     assert base.prediction == "v"
     assert base.notes == ()
     assert base.family.make_pipeline(base).scheduler.config.prediction_type == "v_prediction"
+
+
+def test_a_configuration_that_the_user_names_declares_too(trained_checkpoint):
+    assert load(trained_checkpoint, config=str(TINY_SD)).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ("edm_mean", "is a Playground 2.5 checkpoint (EDM)"),
+        ("edm_vpred.sigma_max", "is a CosXL checkpoint (EDM)"),
+        ("noise_augmentor.scheduler.betas", "is an unCLIP model"),
+        ("model.diffusion_model.middle_block.0.in_layers.2.scale_weight", "is stored in scaled fp8"),
+    ],
+)
+def test_what_only_looks_like_a_family_is_named(checkpoints, tmp_path, extra, sentence):
+    path = tmp_path / "a.safetensors"
+    save_file({**load_file(checkpoints("sdxl")), extra: torch.ones(1)}, path)
+    assert sentence in refusal(path)
+
+
+def test_a_unet_that_is_told_a_class_is_named(checkpoints, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({**load_file(checkpoints("sd2")), "model.diffusion_model.label_emb.0.0.weight": torch.ones(1)}, path)
+    assert "its UNet is also told a class or a picture" in refusal(path)
+
+
+def test_stray_keys_of_another_family_do_not_mislead(checkpoints, tmp_path):
+    path = tmp_path / "merge.safetensors"
+    stray = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77.0)}
+    save_file({**load_file(checkpoints("sdxl")), **stray}, path)
+    facts = detect_base(path)
+    assert facts.family.name == "sdxl"
+    assert facts.components["text_encoder"][0] > 10_000
 
 
 def test_an_inpainting_checkpoint_is_named(checkpoint):
@@ -248,7 +323,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(checkpoints, tiny_folder, t
     del weights[key]
     path = tmp_path / "lacking.safetensors"
     save_file(weights, path, {"modelspec.prediction_type": "v"})
-    assert "lacks 1 weights, such as" in refusal(path, config=str(tiny_folder(shape)))
+    assert re.search("lacks (1 weights, such as|the weight) ", refusal(path, config=str(tiny_folder(shape))))
 
 
 def test_a_truncated_checkpoint_is_named(checkpoint):

@@ -11,7 +11,8 @@ from sdlora.assets import EXAMPLE_CONCEPT
 from sdlora.config import DataSection
 from sdlora.data.cache import encode_captions, encode_pictures
 from sdlora.data.source import open_dataset
-from sdlora.families.base import Conditioning
+from sdlora.errors import ModelError
+from sdlora.families.base import Conditioning, PictureSize
 from sdlora.families.prediction import (
     check_prediction,
     clearly_predicts,
@@ -44,9 +45,14 @@ def batch(base):
 
 
 def test_measured_without_any_picture(trained):
-    assert measure_prediction(trained) == "epsilon"
+    with torch.no_grad():
+        nothing = trained.family.encode_prompts(trained, [None])
+    assert measure_prediction(trained, nothing) == "epsilon"
     predict_v_instead(trained)
-    assert measure_prediction(trained) == "v"
+    assert measure_prediction(trained, nothing) == "v"
+    trained.unet.forward = lambda noisy, *_, **__: (noisy * torch.nan,)
+    with pytest.raises(ModelError, match=r"its UNet gives NaN in torch\.float32"):
+        measure_prediction(trained, nothing)
 
 
 def test_the_right_declaration_is_not_warned_about(trained):
@@ -73,8 +79,6 @@ def test_the_wrong_declaration_is_warned_about(trained):
 def test_an_untrained_model_is_not_accused(tiny_base, shape):
     base = tiny_base()
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    from sdlora.families.base import PictureSize
-
     with torch.no_grad():
         conditioning = base.family.encode_prompts(base, ["a ball", None])
     sizes = [PictureSize((64, 64), (0, 0), (64, 64))] * 2

@@ -136,3 +136,14 @@ def test_where_bitsandbytes_fails_it_is_said(quantized, monkeypatch):
     monkeypatch.setattr(bitsandbytes.nn, "Params4bit", fail)
     with pytest.raises(ModelError, match=r"base\.quantize = nf4 does not work here \(no kernel for this device\)"):
         quantized("nf4")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_base_stays_the_same_whatever_precision_comes_in(quantized, precision):
+    """On a GPU norms give float32 under autocast, and half precision without."""
+    base = quantized(precision=precision)
+    digest = base.weights_sha256()
+    layer = base.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_out[0]
+    for dtype in (torch.float32, base.dtype):
+        layer(torch.randn(2, 4, layer.in_features, dtype=dtype))
+        assert base.weights_sha256() == digest

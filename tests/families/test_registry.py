@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from sdlora.assets import TINY_SD
 from sdlora.config import BaseSection
+from sdlora.errors import ConfigError, ModelError
+from sdlora.families import weights
 from sdlora.families.detect import detect_base
 from sdlora.families.registry import detect_family, find_base, load_base
 from sdlora.families.sd import SD1, SD2
@@ -274,3 +276,101 @@ def test_odd_things_in_a_folder_are_told(copy):
     assert "there is no model_index.json" in odd
     assert "pickle files lie in it and are never opened (unet/diffusion_pytorch_model.bin)" in odd
     assert load(copy).prediction == "epsilon"
+
+
+def test_a_tokenizer_of_two_files_is_enough(copy):
+    shutil.rmtree(copy / "tokenizer")
+    (copy / "tokenizer").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(TINY_SD / "tokenizer" / name, copy / "tokenizer")
+    base = load(copy)
+    assert base.family.encode_prompts(base, ["a red ball"]).states.shape == (1, 77, 32)
+
+
+def test_settings_that_do_not_fit_the_weights_are_a_sentence_whenever_the_unet_comes(copy):
+    path = copy / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cross_attention_dim": 64}))
+    assert "size mismatch for down_blocks.0" in refusal(copy)
+    base = load_base(BaseSection(path=str(copy)), "cpu", unet=False)
+    with pytest.raises(ModelError, match="its weights and its settings must belong together"):
+        base.fetch_unet()
+
+
+def test_too_little_memory_is_a_sentence_whenever_the_unet_comes(copy, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    base = load_base(BaseSection(path=str(copy)), "cpu", unet=False)
+    monkeypatch.setattr(weights, "_placed", no_room)
+    with pytest.raises(
+        ModelError, match=r"does not fit into the GPU's memory; set base\.precision .* base\.quantize to nf4"
+    ):
+        base.fetch_unet()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"class_embed_type": "projection"}, "its UNet is also told a class or a picture"),
+        ({"num_class_embeds": 1000}, "its UNet is also told a class or a picture"),
+        ({"addition_embed_type": "image"}, "has a UNet of an unknown kind"),
+        ({"in_channels": 8}, "is an image-editing model"),
+    ],
+)
+def test_folders_of_related_models_are_named(copy, changes, sentence):
+    path = copy / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert sentence in refusal(copy)
+
+
+@pytest.mark.parametrize("kind", ["EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_another_kind_of_noise_is_refused(copy, kind):
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": kind}))
+    assert f"was trained with another kind of noise ({kind})" in refusal(copy)
+
+
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "MagicScheduler", "os"])
+def test_a_sampler_that_is_none_is_named(copy, kind):
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": kind}))
+    base = load(copy)  # training does not need it
+    with pytest.raises(ModelError, match=f"names the sampler {kind}, which diffusers does not have"):
+        base.family.make_pipeline(base)
+
+
+def test_a_folder_that_leaves_the_prediction_out_predicts_epsilon_as_the_format_says(copy):
+    path = copy / "scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text())
+    del settings["prediction_type"]
+    path.write_text(json.dumps(settings))
+    facts = detect_base(copy)
+    assert facts.prediction == "epsilon"
+    assert facts.declared_by == "scheduler/scheduler_config.json, by leaving it out"
+
+
+def test_what_keeps_a_folder_from_loading_is_told_before(sharded):
+    sorted((sharded / "unet").glob("*-of-*.safetensors"))[1].unlink()
+    shutil.rmtree(sharded / "scheduler")
+    (sharded / "vae" / "config.json").unlink()
+    shutil.rmtree(sharded / "tokenizer")
+    odd = " | ".join(detect_base(sharded).odd)
+    assert "scheduler/scheduler_config.json is missing" in odd
+    assert "vae/config.json is missing" in odd and "tokenizer is missing" in odd
+    assert "its unet is in" in odd
+
+
+def test_settings_for_checkpoints_are_refused_for_folders(copy):
+    for setting in ("config", "tokenizer"):
+        with pytest.raises(ConfigError, match="is a folder, which describes itself"):
+            load(copy, **{setting: str(copy)})
+
+
+def test_what_is_neither_file_nor_folder_is_named():
+    assert "cannot be read as a file or folder" in refusal("/dev/null")
+
+
+@pytest.mark.parametrize("device", ["bogus", "cuda:99", "cuda" if not torch.cuda.is_available() else "mps"])
+def test_a_device_that_is_not_there_is_named(copy, device):
+    with pytest.raises(ConfigError, match=f"device is '{device}'"):
+        load_base(BaseSection(path=str(copy)), device)

@@ -17,6 +17,7 @@ import torch
 from sdlora import load_config, parse_config, read_adapter, train
 from sdlora.assets import EXAMPLE_CONCEPT
 from sdlora.errors import ConfigError, DataError, OutputError, TrainingError
+from sdlora.families.base import LoadedBase
 from sdlora.storage import read_header, read_tensors, sha256_of_tensor_data
 from sdlora.training import loop as loop_module
 from sdlora.training import run as run_module
@@ -328,3 +329,32 @@ def test_a_quantized_base_trains_and_is_named_in_the_run(configure: Any, kind: s
     result = train(configure(base__quantize=kind))
     assert result.effect.noticeable
     assert load_config(result.folder / "config.toml")["base"]["quantize"] == kind
+
+
+def test_the_unet_comes_when_the_encoders_are_gone(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+    fetch = LoadedBase.fetch_unet
+
+    def watch(base: LoadedBase) -> None:
+        meta = all(parameter.is_meta for parameter in base.unet.parameters())
+        seen.append((base.vae is None and not base.text_encoders, meta))
+        fetch(base)
+
+    monkeypatch.setattr(LoadedBase, "fetch_unet", watch)
+    train(configure())
+    assert seen == [(True, True)]
+
+
+def test_a_check_that_finds_no_memory_ends_no_run(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run_module, "check_prediction", no_room)
+    result = train(configure())
+    (warning,) = [e for e in read_events(result.folder / "events.jsonl") if e["event"] == "warning"]
+    assert "too little memory to check" in warning["reason"]
+
+
+def test_a_wrong_target_names_its_setting(configure: Any) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.text_encoder_targets: 'bogus' matches no layer"):
+        train(configure(adapter__text_encoder=True, adapter__text_encoder_targets=("bogus",)))
