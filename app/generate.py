@@ -206,7 +206,7 @@ class GenerateTab:
             yield {self.status: status(self._jobs.problem, "error")}
             return
         side = self._jobs.resolution
-        ready = status(f"Base {self._jobs.name} is ready, {side} px.")
+        ready = status("; ".join([f"Base {self._jobs.name} is ready, {side} px", *self._jobs.notes]) + ".")
         yield {self.status: ready, self.width: side, self.height: side}
 
     def leave_page(self, request: gr.Request) -> None:

@@ -105,6 +105,11 @@ class EngineJobs:
         return self._tried.wait(seconds)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the base's loader wants the user to know, such as a prediction type that was measured."""
+        return tuple(self._engine.base.notes) if self._engine else ()
+
+    @property
     def name(self) -> str:
         """What the base is called on the page: its path's last part."""
         return Path(self._base.path).name or self._base.path

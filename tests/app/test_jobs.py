@@ -14,7 +14,7 @@ DEADLINE = 10.0
 class FakeEngine:
     """Takes steps when it is let; its picture is the prompt, its recipe the seed."""
 
-    base = SimpleNamespace(resolution=64)
+    base = SimpleNamespace(resolution=64, notes=("it predicts v",))
 
     def __init__(self, _base):
         self.may_step = threading.Event()
@@ -54,6 +54,21 @@ def wait_until(condition):
 
 def ask(prompt="a cat", **values):
     return sdlora.make_request(prompt=prompt, **{"steps": 3} | values)
+
+
+def test_notes_of_the_base_are_there_once_it_is_loaded(jobs):
+    assert EngineJobs("tiny", FakeEngine).notes == ()
+    assert jobs.notes == ("it predicts v",)
+
+
+def test_a_base_may_be_described_by_a_section():
+    seen = []
+    section = sdlora.BaseSection(path="models/dreamy", quantize="nf4")
+    jobs = EngineJobs(section, lambda base: seen.append(base) or FakeEngine(base))
+    jobs.start_loading()
+    assert jobs.wait_for_base(DEADLINE)
+    assert seen == [section]
+    assert jobs.name == "dreamy"
 
 
 def test_pictures_come_in_order_with_progress(jobs):
