@@ -90,6 +90,11 @@ def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtyp
 
     def fill_unet() -> None:
         with _explained(facts):
+            if left_out := sorted(weights.without_place("unet", unet)):
+                base.notes += (
+                    f"its UNet's file holds {len(left_out)} tensors for which {family.title} has no place, such as "
+                    f"{left_out[0]}; they are left out, so pictures may differ from those of other programs",
+                )
             if section.quantize == "none":
                 fill(unet, weights, "unet", device, dtype)
             else:  # as they come from the file, so that the UNet is never there whole in `dtype`

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from sdlora.errors import ModelError
 from sdlora.families.traits import UNET_PREFIX, VAE_PREFIX
-from sdlora.storage import SafetensorsHeader
+from sdlora.storage import SafetensorsHeader, read_header
 
 _TENSORS_AT_ONCE = 64
 _TEXT_MODEL = "text_model."
@@ -33,6 +33,10 @@ class Weights(Protocol):
     configs: Path
     """The diffusers folder that describes the components."""
 
+    def without_place(self, part: str, model: Any) -> list[str]:
+        """Return the stored weights of a component for which `model` has no place."""
+        ...
+
     def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the component's weights by their names in `model`, a few at a time."""
         ...
@@ -45,13 +49,16 @@ class FolderWeights:
         self.place = self.configs = folder
         self._files = files
 
+    def without_place(self, part: str, model: Any) -> list[str]:
+        """Return the names in the files of the folder `part` that mean nothing to `model`."""
+        wanted = model.state_dict().keys()
+        return [name for file in self._files[part] for name in read_header(file).tensors if not _name_in(wanted, name)]
+
     def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the weights of the folder `part`."""
         wanted = model.state_dict().keys()
         for file in self._files[part]:
-            with safe_open(file, "pt") as opened:
-                stored = list(opened.keys())
-            names = {target: name for name in stored if (target := _name_in(wanted, name))}
+            names = {target: name for name in read_header(file).tensors if (target := _name_in(wanted, name))}
             yield from _read(file, names)
 
 
@@ -64,6 +71,14 @@ class CheckpointWeights:
         self.place, self.configs = file, configs
         self._keys = list(header.tensors)
         self._encoder_prefixes = encoder_prefixes
+
+    def without_place(self, part: str, model: Any) -> list[str]:
+        """Return the UNet's keys that no weight of `model` comes from; encoders have some by nature, not told here."""
+        if part != "unet":
+            return []
+        wanted = model.state_dict().keys()
+        used = {key for target, key in self._unet_names(model).items() if target in wanted}
+        return [key for key in self._keys if key.startswith(UNET_PREFIX) and key not in used]
 
     def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the weights of one component under their names in the library."""

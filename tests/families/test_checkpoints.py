@@ -240,6 +240,15 @@ def test_a_unet_that_is_told_a_class_is_named(checkpoints, tmp_path):
     assert "its UNet is also told a class or a picture" in refusal(path)
 
 
+def test_weights_without_a_place_are_told(checkpoints, tiny_folder, tmp_path):
+    path = tmp_path / "a.safetensors"
+    extra = "model.diffusion_model.input_blocks.1.0.adapter.weight"
+    weights = {**load_file(checkpoints("sd1")), extra: torch.ones(2)}
+    save_file(weights, path, {"modelspec.prediction_type": "epsilon"})
+    (note,) = load(path, config=str(tiny_folder("sd1"))).notes
+    assert f"holds 1 tensors for which Stable Diffusion 1.x has no place, such as {extra}" in note
+
+
 def test_stray_keys_of_another_family_do_not_mislead(checkpoints, tmp_path):
     path = tmp_path / "merge.safetensors"
     stray = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77.0)}

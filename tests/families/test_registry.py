@@ -360,6 +360,14 @@ def test_what_keeps_a_folder_from_loading_is_told_before(sharded):
     assert "its unet is in" in odd
 
 
+def test_weights_of_a_folder_without_a_place_are_told(copy):
+    assert load(copy).notes == ()
+    weights = {**load_file(copy / UNET), "mystery.weight": torch.ones(1)}
+    save_file(weights, copy / UNET, {"format": "pt"})
+    (note,) = load(copy).notes
+    assert "holds 1 tensors for which Stable Diffusion 1.x has no place, such as mystery.weight" in note
+
+
 def test_settings_for_checkpoints_are_refused_for_folders(copy):
     for setting in ("config", "tokenizer"):
         with pytest.raises(ConfigError, match="is a folder, which describes itself"):
