@@ -7,6 +7,11 @@ line prints it without a traceback and exits with the class's status.
 from __future__ import annotations
 
 
+def first_line(error: BaseException, limit: int = 150) -> str:
+    """Return the first line of somebody else's error, at most `limit` characters; its kind where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
 class SdloraError(Exception):
     """Any failure that sdlora explains itself."""
 

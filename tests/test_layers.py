@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": GROUND | {"families"},
     "training": SHARED,
     "generation": SHARED,
-    "doctor": {"sdlora", "errors", "families"},
+    "doctor": {"sdlora", "config", "errors", "families", "training"},
     "cli": {"sdlora", "app", "doctor", "training", "generation"} | SHARED,
     "app": {"sdlora", "training", "generation"} | SHARED,
     "train": {"sdlora", "cli", "training", "generation"} | SHARED,

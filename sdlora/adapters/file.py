@@ -44,9 +44,7 @@ def read_adapter(path: Path | str) -> AdapterFile:
     Raises FormatError, with one sentence that says what the file is, when it is no adapter that can be
     read, holds half a pair, tensors of unknown meaning, or non-finite numbers.
     """
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise FormatError(f"{file}: there is no such adapter file")
+    file = _existing(path)
     tensors, metadata = read_tensors(file)
     family = kohya.family_of({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
     if not kohya.recognises(tensors):
@@ -64,10 +62,7 @@ def read_adapter(path: Path | str) -> AdapterFile:
 
 def adapter_family(path: Path | str) -> str:
     """Return the family of an adapter file, "" where it does not tell, from its header alone. Raises FormatError."""
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise FormatError(f"{file}: there is no such adapter file")
-    header = read_header(file)
+    header = read_header(_existing(path))
     return kohya.family_of({key: entry.shape for key, entry in header.tensors.items()}, header.metadata)
 
 
@@ -85,6 +80,13 @@ def write_adapter(adapter: AdapterFile, path: Path | str, format: str = "kohya")
     metadata = dict(adapter.metadata)
     metadata |= kohya.hashes(tensors)
     write_bytes(Path(path).expanduser(), serialize_tensors(tensors, metadata))
+
+
+def _existing(path: Path | str) -> Path:
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise FormatError(f"{file}: there is no such adapter file")
+    return file
 
 
 def _first_non_finite(layers: Mapping[str, LoraLayer]) -> str:

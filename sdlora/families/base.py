@@ -21,7 +21,7 @@ import torch
 from sdlora.config import Quantization
 from sdlora.diffusion import Prediction
 from sdlora.errors import ConfigError
-from sdlora.families.traits import PREDICTION_TYPES, FamilyTraits
+from sdlora.families.traits import PREDICTION_NAMES, FamilyTraits
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,11 @@ class LoadedBase:
     quantize: Quantization = "none"
     """The form that the UNet's linear layers are held in."""
     unet_loader: Callable[[], None] | None = None
-    measured_when_fetched: bool = False
-    """Whether `prediction` is a guess until the UNet is fetched."""
 
     @property
     def prediction(self) -> Prediction:
         """What the UNet was trained to predict."""
-        return "v" if self.scheduler.config.prediction_type == PREDICTION_TYPES["v"] else "epsilon"
+        return PREDICTION_NAMES[self.scheduler.config.prediction_type]
 
     def fetch_unet(self) -> None:
         """The UNet's weights are on the device. Raises ModelError where they are not what they should be."""

@@ -13,12 +13,14 @@ from sdlora.errors import ModelError
 from sdlora.families.traits import (
     ALL_TRAITS,
     LATENT_CHANNELS,
+    PREDICTION_NAMES,
     PREDICTION_TYPES,
     SDXL_TRAITS,
     UNET_PREFIX,
     VAE_PREFIX,
     FamilyTraits,
     describe_channels,
+    tokenizer_folder,
 )
 from sdlora.storage import SafetensorsHeader, TensorEntry, read_header
 
@@ -148,7 +150,7 @@ def _facts_of_folder(folder: Path, variant: str) -> BaseFacts:
     if noise.startswith(_FOREIGN_NOISE):
         raise ModelError(f"{folder}: was trained with another kind of noise ({noise}), which sdlora does not support")
     declared = settings.get("prediction_type", "epsilon")  # the format's own default
-    prediction = next((name for name, theirs in PREDICTION_TYPES.items() if theirs == declared), None)
+    prediction = PREDICTION_NAMES.get(str(declared))
     if not prediction:
         raise ModelError(f"{scheduler}: prediction_type is {declared!r}; sdlora knows epsilon and v_prediction")
     odd = _odd_folder(folder, family, files)
@@ -301,7 +303,7 @@ def _odd_folder(folder: Path, family: FamilyTraits, files: Mapping[str, Sequence
     odd = []
     if not (folder / "model_index.json").is_file():
         odd.append("there is no model_index.json: other programs will not take it for a model folder")
-    tokenizers = [encoder.replace("text_encoder", "tokenizer") for encoder in family.encoder_prefixes]
+    tokenizers = [tokenizer_folder(encoder) for encoder in family.encoder_prefixes]
     needed = [f"{part}/config.json" for part in files] + ["scheduler/scheduler_config.json", *tokenizers]
     odd += [f"it cannot be loaded: {name} is missing" for name in needed if not (folder / name).exists()]
     for part, found in files.items():

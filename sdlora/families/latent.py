@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from sdlora.diffusion import Prediction
 from sdlora.errors import ModelError
 from sdlora.families.base import BaseParts, EncoderPart, LoadedBase
-from sdlora.families.traits import LATENT_CHANNELS, FamilyTraits, describe_channels
+from sdlora.families.traits import LATENT_CHANNELS, PREDICTION_NAMES, FamilyTraits, describe_channels
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CROSS_ATTENTION = tuple(f"attn2.{name}" for name in _ATTENTION)
@@ -63,7 +63,7 @@ class LatentDiffusion:
         for module in (parts.vae, *parts.text_encoders.values()):
             module.to(device)
         scheduler = DDPMScheduler.from_config(parts.scheduler_config)
-        prediction: Prediction = "v" if scheduler.config.prediction_type == "v_prediction" else "epsilon"
+        prediction = PREDICTION_NAMES[scheduler.config.prediction_type]
         factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         sample_size = parts.unet.config.sample_size
         return LoadedBase(

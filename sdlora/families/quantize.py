@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sdlora.config import Quantization
-from sdlora.errors import ModelError
+from sdlora.errors import ModelError, first_line
 
 
 def quantize_linears(model: Any, kind: Quantization, device: torch.device, dtype: torch.dtype) -> int:
@@ -29,9 +29,8 @@ def quantize_linears(model: Any, kind: Quantization, device: torch.device, dtype
     except torch.OutOfMemoryError:
         raise
     except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
         raise ModelError(
-            f"base.quantize = {kind} does not work here ({reason}); "
+            f"base.quantize = {kind} does not work here ({first_line(error)}); "
             "'sdlora doctor' tells what bitsandbytes can do, base.quantize = none does without it"
         ) from error
     # By these peft knows which kind of layer it wraps.

@@ -49,9 +49,10 @@ def load_base(section: BaseSection, device: torch.device | str | None = None, *,
     facts = detect_base(path, section.variant)
     with _explained(facts):
         base = _assemble(section, facts, target, _choose_dtype(section.precision, target))
-        if section.prediction == "auto" and facts.prediction is None and not _config_declares(section):
+        undeclared = section.prediction == "auto" and facts.prediction is None and not _config_declares(section)
+        if undeclared:
             _measure_when_fetched(base)
-        if unet or _size_depends_on_prediction(base):
+        if unet or (undeclared and _size_depends_on_prediction(base)):
             base.fetch_unet()
     return base
 
@@ -174,9 +175,8 @@ def _config_declares(section: BaseSection) -> bool:
 
 
 def _size_depends_on_prediction(base: LoadedBase) -> bool:
-    """Return whether what the base predicts is yet to be measured and decides the size of its pictures, as in SD 2.x."""
-    sizes = set(base.family.resolutions.values())
-    return base.measured_when_fetched and base.unet.config.sample_size is None and len(sizes) > 1
+    """Return whether what the base predicts decides the size of its pictures, as in SD 2.x."""
+    return base.unet.config.sample_size is None and len(set(base.family.resolutions.values())) > 1
 
 
 def _measure_when_fetched(base: LoadedBase) -> None:
@@ -184,7 +184,6 @@ def _measure_when_fetched(base: LoadedBase) -> None:
     with torch.no_grad():  # now, because the text encoders may be gone then
         no_prompt = base.family.encode_prompts(base, [None]).to(torch.device("cpu"))
     fetch = base.unet_loader
-    base.measured_when_fetched = True
 
     def fetch_and_measure() -> None:
         if fetch is not None:
@@ -196,7 +195,6 @@ def _measure_when_fetched(base: LoadedBase) -> None:
 
 def _adopt(base: LoadedBase, measured: Prediction | None) -> None:
     """The base predicts `measured`, or what it was taken to where that is None."""
-    base.measured_when_fetched = False
     if measured is None:
         base.notes += (
             f"the base does not say what it predicts, and measuring it gave no clear answer; taken as {base.prediction}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from sdlora.assets import TINY_SD
 from sdlora.config import BaseSection
 from sdlora.errors import ModelError
 from sdlora.families.detect import weight_patterns
+from sdlora.families.traits import tokenizer_folder
 
 if TYPE_CHECKING:
     from sdlora.families.base import ModelFamily
@@ -85,7 +87,7 @@ def _download_base(name: str, section: BaseSection) -> Path:
 
 def folder_tokenizers(folder: Path, family: ModelFamily) -> dict[str, Any]:
     """Return the tokenizers of a diffusers folder, by text encoder. Raises ModelError where one is missing."""
-    return {encoder: _load(folder / _subfolder(encoder), folder) for encoder in family.text_encoders}
+    return {encoder: _load(folder / tokenizer_folder(encoder), folder) for encoder in family.text_encoders}
 
 
 def _load(place: Path, folder: Path) -> Any:
@@ -126,10 +128,6 @@ def checkpoint_tokenizers(section: BaseSection, family: ModelFamily, file: Path,
     return tokenizers
 
 
-def _subfolder(encoder: str) -> str:
-    return encoder.replace("text_encoder", "tokenizer")
-
-
 def _holds_tokenizer(folder: Path) -> bool:
     pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     return pair or (folder / "tokenizer.json").is_file()
@@ -150,6 +148,4 @@ def _hub_folder(name: str, *, local_only: bool) -> Path | None:
 
 def _is_hub_id(name: str) -> bool:
     """Return whether `name` has the form owner/name."""
-    owner, slash, model = name.partition("/")
-    allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-    return bool(owner and slash and model) and set(owner + model) <= allowed and not name.startswith(".")
+    return bool(re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", name, re.ASCII))

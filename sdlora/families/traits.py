@@ -15,6 +15,8 @@ VAE_PREFIX = "first_stage_model."
 LATENT_CHANNELS = 4
 PREDICTION_TYPES: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_prediction"}
 """Our names of what a UNet predicts -> the library's."""
+PREDICTION_NAMES: dict[str, Prediction] = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
+"""The library's names -> ours."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ SDXL_TRAITS = FamilyTraits(
 )
 ALL_TRAITS = (SDXL_TRAITS, SD2_TRAITS, SD1_TRAITS)
 """The most demanding first: a merge may have kept stray keys of another family."""
+
+
+def tokenizer_folder(encoder: str) -> str:
+    """Return the name of a text encoder's tokenizer folder beside it: "tokenizer_2" for "text_encoder_2"."""
+    return encoder.replace("text_encoder", "tokenizer")
 
 
 def family_title(name: str) -> str:

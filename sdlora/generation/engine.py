@@ -24,7 +24,7 @@ from sdlora.adapters.inject import (
 )
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationError
-from sdlora.families.base import LoadedBase
+from sdlora.families.base import LoadedBase, autocast
 from sdlora.families.detect import family_of
 from sdlora.families.registry import load_base
 from sdlora.families.sources import find_base
@@ -58,6 +58,8 @@ class _Resident:
 def refuse_foreign_adapters(base: BaseSection, adapters: Sequence[str]) -> None:
     """Raise ModelError or FormatError for an adapter that says it is for another family, before anything is loaded."""
     theirs = [adapter_family(path) for path in adapters]
+    if not theirs:
+        return
     family = family_of(find_base(base))
     for name in theirs:
         refuse_other_family(name, family, base.path)
@@ -193,7 +195,7 @@ class Engine:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.base.dtype != torch.float32 and has_float32_adapter(self.base):
-            return torch.autocast(self.base.device.type, dtype=self.base.dtype)
+            return autocast(self.base)
         return nullcontext()
 
     def _recipe(

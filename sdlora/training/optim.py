@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from sdlora.config import OptimizerSection
+from sdlora.errors import first_line
 
 
 def make_optimizer(
@@ -32,7 +33,7 @@ def make_optimizer(
     if section.kind == "adamw":
         return torch.optim.AdamW(groups, **options), ""
     device = next(iter(parameters.values()))[0].device
-    if reason := _why_no_8bit(device):
+    if reason := why_no_8bit(device):
         note = f"8-bit AdamW is not available here ({reason}); using AdamW in 32 bits"
         return torch.optim.AdamW(groups, **options), note
     import bitsandbytes
@@ -40,7 +41,7 @@ def make_optimizer(
     return bitsandbytes.optim.AdamW8bit(groups, **options), ""
 
 
-def _why_no_8bit(device: torch.device) -> str:
+def why_no_8bit(device: torch.device) -> str:
     """Return "" where bitsandbytes' 8-bit AdamW takes a step on `device`, else the reason it does not."""
     try:
         import bitsandbytes
@@ -49,8 +50,12 @@ def _why_no_8bit(device: torch.device) -> str:
         trial.grad = torch.ones_like(trial)
         bitsandbytes.optim.AdamW8bit([trial], lr=1e-3).step()
     except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError, AssertionError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-    return "" if bool(trial.detach().isfinite().all() and trial.detach().abs().max() > 0) else "its step does nothing"
+        return first_line(error)
+    return (
+        ""
+        if bool(trial.detach().isfinite().all() and trial.detach().abs().max() > 0)
+        else "its step gives nothing, or NaN"
+    )
 
 
 def rate_factor(section: OptimizerSection, step: int, steps: int) -> float:

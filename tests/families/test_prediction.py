@@ -85,6 +85,17 @@ def test_an_untrained_model_is_not_accused(tiny_base, shape):
     assert check_prediction(base, latents, conditioning, sizes) == ""
 
 
+def test_both_kinds_of_model_stand_apart_as_the_arithmetic_page_says(trained):
+    pictures = batch(trained)
+    noise = torch.randn(pictures[0].shape, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([500, 575, 650, 725])
+    losses = prediction_losses(trained, pictures[0], noise, timesteps, *pictures[1:])
+    assert losses["epsilon"] < 0.06 and losses["v"] > 1.2
+    predict_v_instead(trained)
+    losses = prediction_losses(trained, pictures[0], noise, timesteps, *pictures[1:])
+    assert losses["epsilon"] > 1.0 and losses["v"] < 0.35
+
+
 def test_losses_are_relative_to_an_output_of_zeros(trained):
     latents, conditioning, sizes = batch(trained)
     trained.unet.forward = lambda noisy, *_, **__: (torch.zeros_like(noisy),)

@@ -48,7 +48,7 @@ def test_default_optimizer_keeps_its_state_in_8_bits() -> None:
 
 
 def test_8bit_falls_back_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "_why_no_8bit", lambda device: "no library for this device")
+    monkeypatch.setattr(optim, "why_no_8bit", lambda device: "no library for this device")
     optimizer, note = make_optimizer(OptimizerSection(), {"unet": [nn.Parameter(torch.zeros(2))]})
     assert type(optimizer) is torch.optim.AdamW
     assert "no library for this device" in note and "\n" not in note
