@@ -60,7 +60,7 @@ def min_snr_weights(snr: torch.Tensor, gamma: float, prediction: Prediction) -> 
 
 def seed_from(*parts: int | str) -> int:
     """Return a 63-bit seed that is a fixed function of `parts` and differs for every other choice."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

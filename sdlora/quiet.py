@@ -6,7 +6,17 @@ import logging
 import os
 import warnings
 
-_LIBRARIES = ("transformers", "diffusers", "peft", "accelerate", "bitsandbytes", "huggingface_hub", "httpx")
+_LIBRARIES = (
+    "transformers",
+    "diffusers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "huggingface_hub",
+    "httpx",
+    "datasets",
+    "fsspec",
+)
 
 
 def quiet_libraries() -> None:
@@ -25,5 +35,14 @@ def quiet_libraries() -> None:
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
-    for module in ("transformers", "diffusers", "peft", "accelerate", "bitsandbytes", "torch", "huggingface_hub"):
+    for module in (
+        "transformers",
+        "diffusers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "torch",
+        "huggingface_hub",
+        "PIL",
+    ):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")

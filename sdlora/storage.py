@@ -110,7 +110,7 @@ def cached_sha256(path: Path) -> str:
         entries = {name: entry for name, entry in _remembered_hashes().items() if Path(name).exists()}
         entries[str(path.resolve())] = [state.st_size, state.st_mtime_ns, digest]
         with contextlib.suppress(OutputError, OSError):
-            write_json(_cache_folder() / "hashes.json", entries)
+            write_json(cache_folder() / "hashes.json", entries)
     return digest
 
 
@@ -123,13 +123,14 @@ def remembered_sha256(path: Path) -> str:
 
 def _remembered_hashes() -> dict[str, list[Any]]:
     try:
-        entries = json.loads((_cache_folder() / "hashes.json").read_text(encoding="utf-8"))
+        entries = json.loads((cache_folder() / "hashes.json").read_text(encoding="utf-8"))
         return {str(name): entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 3}
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the user's cache folder for sdlora; `SDLORA_CACHE` names another."""
     if named := os.environ.get("SDLORA_CACHE"):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "sdlora"

@@ -7,14 +7,16 @@ import os
 # Before any library is imported: these are read once.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["SDLORA_CACHE"] = os.devnull + "/none"  # nothing of the user's is read or written
+os.environ["SDLORA_CACHE"] = os.devnull + "/none"  # nothing of the user's is read or written, see fresh_cache
 
+import itertools
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+_NUMBERS = itertools.count()
 _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 
@@ -38,6 +40,12 @@ def offline() -> Iterator[None]:
         yield
     finally:
         socket.socket.connect, socket.getaddrinfo = real_connect, real_lookup
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path_factory, monkeypatch) -> None:
+    """Each test has a cache folder of its own, empty at first."""
+    monkeypatch.setenv("SDLORA_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{next(_NUMBERS)}"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sdlora import TrainConfig, parse_config
+from sdlora.config import put_setting
 
 
 def _draw_pictures(folder: Path, count: int, seed: int) -> Path:
@@ -37,11 +39,10 @@ def settings(tmp_path: Path, tiny_folder: Any, shape: str) -> dict[str, Any]:
 
 
 def changed(settings: dict[str, Any], **values: Any) -> TrainConfig:
-    """The configuration with "section__field" values replaced."""
-    copy = {name: dict(section) for name, section in settings.items()}
+    """The configuration with "section__field" or "section__part__field" values replaced."""
+    copy = deepcopy(settings)
     for key, value in values.items():
-        section, _, field = key.partition("__")
-        copy.setdefault(section, {})[field] = value
+        put_setting(copy, key.replace("__", "."), value)
     return parse_config(copy)
 
 

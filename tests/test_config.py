@@ -10,6 +10,7 @@ from sdlora.config import (
     field_descriptions,
     load_config,
     parse_config,
+    put_setting,
     require_complete,
     write_config,
 )
@@ -86,8 +87,8 @@ def test_all_problems_come_in_one_message():
         ("adapter", "alpha", math.inf),
         ("adapter", "dropout", 1.0),
         ("adapter", "dropout", math.nan),
-        ("data", "caption_dropout", 1.5),
-        ("data", "caption_dropout", math.nan),
+        ("data.captions", "dropout", 1.5),
+        ("data.captions", "dropout", math.nan),
         ("data", "resolution", -8),
         ("training", "steps", 0),
         ("training", "batch_size", -1),
@@ -96,7 +97,9 @@ def test_all_problems_come_in_one_message():
     ],
 )
 def test_a_number_out_of_range_is_refused_by_key_and_value(section, key, value):
-    message = problem_of({section: {key: value}})
+    values: dict = {}
+    put_setting(values, f"{section}.{key}", value)
+    message = problem_of(values)
     assert f"{section}.{key}" in message
     assert "should be" in message or "required" in message or "not given" in message
 
@@ -121,7 +124,7 @@ def test_written_and_read_again_it_is_the_same(tmp_path):
     config = parse_config(
         {
             "base": {"path": 'C:\\models "x"\\ä.safetensors', "precision": "bf16"},
-            "data": {"caption": "a photo of [trigger]\tnow", "flip": True, "caption_dropout": 0.1},
+            "data": {"caption": "a photo of [trigger]\tnow", "flip": True, "captions": {"dropout": 0.1}},
             "adapter": {"targets": ["attention", "ff.net.*"], "alpha": 2.5},
             "optimizer": {"learning_rate": 1e-05, "betas": [0.8, 0.95]},
             "samples": {"prompts": ["猫", "b"], "seed": 2**40},
@@ -191,3 +194,69 @@ def test_every_field_is_described():
 def test_the_presets_of_the_help_text_are_those_of_the_families():
     for family in (SD1, SD2):
         assert set(family.target_presets) == set(TARGET_PRESETS)
+
+
+# --- data ---------------------------------------------------------------------------------------------
+
+
+def data_problems(data: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        require_complete(parse_config({**COMPLETE, "data": data}))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"folder": "a", "concepts": [{"folder": "b"}]}, "data.folder is set beside data.concepts"),
+        ({"concepts": [{"trigger": "b"}]}, "data.concepts.0.folder is not set"),
+        ({"folder": "a", "resolution": 100}, "data.resolution is 100; it must be a multiple of 8"),
+        ({"concepts": [{"folder": "b", "buckets": {"step": 12}}]}, "data.concepts.0.buckets.step is 12"),
+        ({"folder": "a", "buckets": {"min_side": 512, "max_side": 256}}, "min_side is 512, more than max_side = 256"),
+        ({"folder": "a", "masks": {"source": "folder"}}, "data.masks.folder is not set"),
+        ({"folder": "a", "caption_from": "instance"}, "data.caption is not set"),
+        ({"folder": "a", "prior": {"source": "generated"}}, "data.class_prompt is not set"),
+        (
+            {"folder": "a", "class_prompt": "c", "prior": {"source": "training", "folder": "b"}},
+            "data.prior.folder is set beside",
+        ),
+        (
+            {"folder": "a", "class_prompt": "c", "prior": {"source": "training", "target": "picture"}},
+            'set it to "base"',
+        ),
+        ({"folder": "a", "captions": {"insert_trigger": True}}, "data.captions.insert_trigger is set, and no trigger"),
+        ({"folder": "a", "captions": {"separator": ""}}, "data.captions.separator is empty"),
+        ({"folder": "a", "captions": {"keep_separator": ",,"}}, "which holds the separator"),
+        ({"folder": "a", "caption_suffixes": ["a/b"]}, "data.caption_suffixes holds 'a/b'"),
+        ({"concepts": [{"folder": "b", "buckets": {"short_batches": "drop"}}]}, "short_batches differs"),
+        ({"folder": "a", "repeats": 10**12}, "data.repeats is 1000000000000"),
+    ],
+)
+def test_what_is_at_odds_in_the_data_is_named(data, problem):
+    assert problem in data_problems(data)
+
+
+def test_concepts_take_what_they_do_not_set_from_the_data():
+    data = {
+        "repeats": 3,
+        "captions": {"shuffle": True, "keep_tags": 1},
+        "concepts": [{"folder": "a"}, {"folder": "b", "repeats": 5, "captions": {"keep_tags": 2}}],
+    }
+    one, other = parse_config({"data": data}).data.concepts
+    assert (one.repeats, one.captions.shuffle, one.captions.keep_tags) == (3, True, 1)
+    assert (other.repeats, other.captions.shuffle, other.captions.keep_tags) == (5, True, 2)
+
+
+def test_a_saved_configuration_still_hands_down_what_its_concepts_do_not_set(tmp_path):
+    data = {"trigger": "x", "concepts": [{"folder": "a"}, {"folder": "b", "repeats": 5, "captions": {"keep_tags": 2}}]}
+    config = parse_config({"data": data})
+    write_config(config, tmp_path / "config.toml")
+    values = load_config(tmp_path / "config.toml")
+    assert parse_config(values) == config
+    put_setting(values, "data.repeats", 7)
+    assert [concept.repeats for concept in parse_config(values).data.concepts] == [7, 5]
+
+
+def test_the_nearest_key_of_a_part_of_the_data_is_named():
+    assert "did you mean data.captions.shuffle?" in problem_of({"data": {"captions": {"sufle": True}}})
+    assert "did you mean data.prior.folder?" in problem_of({"data": {"prior_folder": "x"}})

@@ -13,7 +13,7 @@ import pytest
 
 from sdlora.cli.generate import _parser as generate_parser
 from sdlora.cli.train import parse_arguments
-from sdlora.config import TrainConfig, field_descriptions, require_complete
+from sdlora.config import TrainConfig, field_descriptions, require_complete, setting_at
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -28,8 +28,7 @@ def settings_table() -> str:
     defaults = TrainConfig()
     lines = ["| setting | default | |", "|---|---|---|"]
     for key, description in field_descriptions().items():
-        section, _, field = key.partition(".")
-        value = getattr(getattr(defaults, section), field)
+        value = setting_at(defaults, key)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         lines.append(f"| `{key}` | {shown} | {description} |")
     return "\n".join(lines)

@@ -94,7 +94,7 @@ IMPORTS = [found for file in sources() for found in imports_of(file)]
 
 def test_the_syntax_trees_show_the_imports():
     edges = {(module_of(found.file), found.target) for found in IMPORTS}
-    assert ("sdlora.config", "sdlora.errors") in edges
+    assert ("sdlora.config.reading", "sdlora.errors") in edges
     assert ("sdlora.storage", "safetensors.torch") in edges  # inside a function
     assert ("sdlora.adapters.file", "sdlora.adapters.formats.kohya") in edges
     assert ("sdlora.storage", "torch") not in edges  # for type checkers only

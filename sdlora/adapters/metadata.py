@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -11,13 +12,24 @@ from sdlora.families.base import LoadedBase
 
 
 @dataclass(frozen=True)
+class ConceptFacts:
+    """What a run knows of one concept."""
+
+    trigger: str
+    repeats: int
+    pictures: int
+
+
+@dataclass(frozen=True)
 class TrainingFacts:
     """What a finished or saved run knows about itself."""
 
     steps: int
     epochs: int
-    pictures: int
+    concepts: Sequence[ConceptFacts]
     resolution: int
+    buckets: bool
+    """Whether pictures of any concept keep their aspect ratio."""
     started: float
     finished: float
 
@@ -25,9 +37,12 @@ class TrainingFacts:
 def training_metadata(config: TrainConfig, base: LoadedBase, facts: TrainingFacts) -> dict[str, str]:
     """Return the ss_* and modelspec.* entries of an adapter. No captions, no paths, no user names.
 
-    `ss_tag_frequency`, which other programs show as trigger words, holds the trigger alone.
+    `ss_tag_frequency`, which other programs show as trigger words, holds the triggers alone.
     """
-    name, trigger = config.output.name, config.data.trigger
+    name = config.output.name
+    triggers = list(dict.fromkeys(concept.trigger for concept in facts.concepts if concept.trigger))
+    several = len(facts.concepts) > 1
+    folders = {f"{name}-{n}" if several else name: concept for n, concept in enumerate(facts.concepts, 1)}
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.adapter.rank),
@@ -38,8 +53,8 @@ def training_metadata(config: TrainConfig, base: LoadedBase, facts: TrainingFact
         "ss_sd_model_hash": base.source.sha256[:10],
         "ss_new_sd_model_hash": base.source.sha256,
         "ss_resolution": f"({facts.resolution}, {facts.resolution})",
-        "ss_enable_bucket": str(config.data.buckets),
-        "ss_num_train_images": str(facts.pictures),
+        "ss_enable_bucket": str(facts.buckets),
+        "ss_num_train_images": str(sum(concept.pictures for concept in facts.concepts)),
         "ss_num_epochs": str(facts.epochs),
         "ss_steps": str(facts.steps),
         "ss_max_train_steps": str(config.training.steps),
@@ -54,8 +69,12 @@ def training_metadata(config: TrainConfig, base: LoadedBase, facts: TrainingFact
         "ss_mixed_precision": str(base.dtype).removeprefix("torch."),
         "ss_training_started_at": f"{facts.started:.3f}",
         "ss_training_finished_at": f"{facts.finished:.3f}",
-        "ss_dataset_dirs": json.dumps({name: {"n_repeats": config.data.repeats, "img_count": facts.pictures}}),
-        "ss_tag_frequency": json.dumps({name: {trigger: facts.pictures}} if trigger else {}),
+        "ss_dataset_dirs": json.dumps(
+            {key: {"n_repeats": concept.repeats, "img_count": concept.pictures} for key, concept in folders.items()}
+        ),
+        "ss_tag_frequency": json.dumps(
+            {key: {concept.trigger: concept.pictures} for key, concept in folders.items() if concept.trigger}
+        ),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
@@ -65,6 +84,6 @@ def training_metadata(config: TrainConfig, base: LoadedBase, facts: TrainingFact
     }
     if config.adapter.text_encoder:
         metadata["ss_text_encoder_lr"] = f"{config.optimizer.text_encoder_learning_rate:g}"
-    if trigger:
-        metadata["modelspec.trigger_phrase"] = trigger
+    if triggers:
+        metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
     return metadata | dict(base.family.metadata[base.prediction])

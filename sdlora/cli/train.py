@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sdlora import (
@@ -18,7 +18,7 @@ from sdlora import (
     save_picture,
     train,
 )
-from sdlora.config import SamplesSection, field_descriptions
+from sdlora.config import PriorSection, SamplesSection, field_descriptions, put_setting, setting_at
 from sdlora.errors import ConfigError
 
 _DESCRIPTION = """Train a LoRA adapter on a folder of pictures.
@@ -31,7 +31,7 @@ Settings come from --config FILE.toml; flags of the same names go first. A first
 def run(arguments: list[str]) -> int:
     """Train as the command line says; returns the exit status."""
     config = parse_arguments(arguments)
-    result = train(config, preview=make_previews)
+    result = train(config, preview=make_previews, class_pictures=make_class_pictures)
     if result.main_process:
         _report(result, config.training.steps)
     return 130 if result.interrupted else 0
@@ -63,11 +63,7 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         if word.startswith("--"):
             flags[word.removeprefix("--").partition("=")[0]] = ""
     for key, value in flags.items():
-        section, _, field = key.partition(".")
-        if field and isinstance(values.setdefault(section, {}), dict):
-            values[section][field] = value
-        else:
-            values[key] = value
+        put_setting(values, key, value)
     return parse_config(values, options.config or "command line")
 
 
@@ -104,8 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     defaults = TrainConfig()
     groups = {name: parser.add_argument_group(f"[{name}]") for name in TrainConfig.model_fields}
     for key, description in field_descriptions().items():
-        section, _, field = key.partition(".")
-        default = getattr(getattr(defaults, section), field)
+        if key == "data.concepts":  # tables, for which there is the file
+            continue
+        section = key.partition(".")[0]
+        default = setting_at(defaults, key)
         many = isinstance(default, tuple)
         shown = " ".join(map(str, default)) if many else str(default)
         groups[section].add_argument(
@@ -134,3 +132,22 @@ def make_previews(base: LoadedBase, adapter: str, samples: SamplesSection, folde
             save_picture(picture, recipe, path)
             paths.append(path)
     return paths
+
+
+def make_class_pictures(
+    base: LoadedBase, prompt: str, prior: PriorSection, side: int, paths: Mapping[int, Path]
+) -> None:
+    """Square pictures of a class prompt are at `paths`; number n has the seed `prior.seed` + n."""
+    base.fetch_unet()
+    engine = Engine(base)
+    for number, path in paths.items():
+        request = make_request(
+            prompt=prompt,
+            seed=prior.seed + number,
+            steps=prior.steps,
+            guidance_scale=prior.guidance_scale,
+            width=side,
+            height=side,
+        )
+        for picture, recipe in engine.generate(request):
+            save_picture(picture, recipe, path)

@@ -1,110 +1,217 @@
-"""Encodes pictures and captions once, so that a training step pays for neither."""
+"""Encodes pictures once, for all runs and all processes: what the store already has is not encoded again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import io
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from sdlora.data.buckets import Bucket, FittedPicture, choose_bucket, fit_picture, make_buckets
-from sdlora.data.source import Sample, read_picture
+from sdlora.data.buckets import cut_mask, fit_picture
+from sdlora.data.examples import CachedExample, Progress, Variant
+from sdlora.data.headers import read_header
+from sdlora.data.pictures import read_mask, read_picture_and_opacity
+from sdlora.data.sample import Sample
+from sdlora.data.source import raise_problems
+from sdlora.data.store import ALONE, ShardWriter, TensorStore, Together
 from sdlora.errors import DataError
-from sdlora.families.base import Conditioning, LoadedBase, PictureSize
+from sdlora.families.base import LoadedBase, PictureSize, module_sha256
 
 _DECODE_THREADS = 2
-_DECODE_AHEAD = 16
+_PIXELS_AHEAD = 16 * 512 * 512
+"""So many may be decoded ahead of the encoder, with all crops and mirrored ones."""
 _PIXELS_AT_ONCE = 4 * 512 * 512
+_PIXELS_AT_ONCE_ON_CPU = 512 * 512
+"""There larger batches take more memory and no less time."""
+_PICTURES_AT_ONCE = 16
+_ENCODER_VERSION = 1
+"""Raised when the same picture would be encoded to other latents."""
 
 
 @dataclass(frozen=True)
-class CachedExample:
-    """A picture as the trainer sees it: the VAE's posterior, not a draw from it.
+class EncodingReport:
+    """What encoding took: pictures encoded now and found in the store, and where the time went."""
 
-    `mean` and `std` are [V,4,h,w] float32; V is 2 with the mirrored picture second, else 1.
-    """
+    encoded: int = 0
+    reused: int = 0
+    seconds: float = 0.0
+    seconds_waiting: float = 0.0
+    """For pictures to be decoded, which happens in other threads meanwhile."""
 
+    def sentence(self) -> str:
+        """Return a line for the start of a run."""
+        if not self.encoded:
+            return f"{self.reused} pictures encoded before, in the cache"
+        waiting = self.seconds_waiting / self.seconds if self.seconds else 0.0
+        text = f"{self.encoded} pictures encoded in {self.seconds:.1f} s, {waiting:.0%} of it waiting for files"
+        return text + (f"; {self.reused} were in the cache" if self.reused else "")
+
+
+def picture_store(base: LoadedBase, folder: Path) -> TensorStore:
+    """Return the store of pictures encoded by this base's VAE in its precision."""
+    config = base.vae.config
+    parts = (_ENCODER_VERSION, module_sha256(base.vae), base.vae.dtype, config.scaling_factor, config.shift_factor)
+    return TensorStore(folder / "pictures" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16])
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One variant's pixels [3,H,W] float32 in [-1,1], and its mask [1,h,w]."""
+
+    name: str
+    pixels: torch.Tensor
+    mask: torch.Tensor | None
     sample: Sample
-    mean: torch.Tensor
-    std: torch.Tensor
-    size: PictureSize
-
-    @property
-    def bucket(self) -> Bucket:
-        """Width and height in pixels."""
-        height, width = self.size.target
-        return width, height
 
 
 def encode_pictures(
     base: LoadedBase,
-    samples: Sequence[Sample],
-    resolution: int,
+    examples: Sequence[CachedExample],
     *,
-    buckets: bool = True,
-    flip: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[CachedExample]:
-    """Return the examples in the order of `samples`; pictures of one size are encoded together.
+    together: Together = ALONE,
+    on_progress: Progress | None = None,
+) -> EncodingReport:
+    """All variants of the examples are in their store; each process encodes its part of what is missing.
 
-    Raises DataError for an unreadable picture and when the VAE gives non-finite latents.
+    Raises one DataError for all pictures that cannot be read or encoded. What was encoded before that, or
+    before an interruption, stays in the store.
     """
-    shapes = make_buckets(resolution) if buckets else [(resolution, resolution)]
-
-    def fit(sample: Sample) -> FittedPicture:
-        picture = read_picture(sample.path)
-        return fit_picture(picture, choose_bucket(picture.width, picture.height, shapes))
-
-    examples: dict[int, CachedExample] = {}
-    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        parts = (samples[start : start + _DECODE_AHEAD] for start in range(0, len(samples), _DECODE_AHEAD))
-        fitted = enumerate(picture for part in parts for picture in pool.map(fit, part))
-        for group in _groups_of_one_size(fitted):
-            pixels = torch.stack([picture.pixels for _, picture in group])
-            mean, std = _encode(base, pixels, flip)
-            for row, (index, picture) in enumerate(group):
-                sample = samples[index]
-                if not (mean[row].isfinite().all() and std[row].isfinite().all()):
-                    raise DataError(
-                        f"{sample.path}: the VAE gives non-finite latents for this picture in {base.dtype}; "
-                        "set base.precision to fp32 or bf16"
-                    )
-                examples[index] = CachedExample(sample, mean[row].clone(), std[row].clone(), picture.size)
+    if not examples:
+        return EncodingReport()
+    started = time.perf_counter()
+    store = examples[0].store
+    names = {variant.name for example in examples for variant in example.variants}
+    there = store.find(names)
+    mine = [e for e in together.part(examples) if any(variant.name not in there for variant in e.variants)]
+    if not any(example.sample.rows for example in mine):
+        mine.sort(key=lambda example: example.bucket)  # few shapes at a time in memory
+    decoder = _Decoder(there)
+    problems: list[str] = []
+    done = 0
+    with store.writing() as writer:
+        for group in _groups_of_one_size(decoder.cuts(mine, problems), base.device):
+            _encode_group(base, group, writer, problems)
+            done += len({id(cut.sample) for cut in group})
             if on_progress:
-                on_progress(len(examples), len(samples))
-    return [examples[index] for index in range(len(samples))]
+                on_progress(min(done, len(mine)), len(mine))
+    raise_problems(problems)
+    together.wait()
+    store.require(names)
+    seconds = time.perf_counter() - started
+    return EncodingReport(len(mine), len(together.part(examples)) - len(mine), seconds, decoder.seconds_waiting)
 
 
-def encode_captions(base: LoadedBase, captions: Iterable[str], batch_size: int = 16) -> dict[str | None, Conditioning]:
-    """Return {caption: its conditioning, one row, on the CPU} for all captions, and under None that of no prompt."""
-    unique: list[str | None] = [None, *sorted(set(captions))]
-    rows: dict[str | None, Conditioning] = {}
-    with torch.no_grad():
-        for start in range(0, len(unique), batch_size):
-            part = unique[start : start + batch_size]
-            encoded = base.family.encode_prompts(base, part).to(torch.device("cpu"))
-            rows |= {caption: encoded.rows([index]) for index, caption in enumerate(part)}
-    return rows
+class _Decoder:
+    """Reads and cuts pictures in threads, some ahead of the encoder."""
+
+    def __init__(self, there: set[str]) -> None:
+        self._there = there
+        self.seconds_waiting = 0.0
+
+    def cuts(self, examples: Iterable[CachedExample], problems: list[str]) -> Iterator[_Cut]:
+        """Yield what is missing of each example, in order; those that cannot be read are in `problems`."""
+        waiting: deque[tuple[Future[list[_Cut]], int]] = deque()
+        with ThreadPoolExecutor(_DECODE_THREADS) as pool:
+            for example in examples:
+                wanted = [variant for variant in example.variants if variant.name not in self._there]
+                self._there.update(variant.name for variant in wanted)  # a second file of the same content is not read
+                if wanted:
+                    try:
+                        source = example.sample.source()
+                    except DataError as error:  # a row whose picture is missing
+                        problems.append(str(error))
+                        continue
+                    waiting.append((pool.submit(_cut, example, source, wanted), _pixels(wanted)))
+                while len(waiting) > 1 and sum(pixels for _, pixels in waiting) > _PIXELS_AHEAD:
+                    yield from self._result(waiting.popleft()[0], problems)
+            while waiting:
+                yield from self._result(waiting.popleft()[0], problems)
+
+    def _result(self, job: Future[list[_Cut]], problems: list[str]) -> list[_Cut]:
+        started = time.perf_counter()
+        try:
+            return job.result()
+        except DataError as error:
+            problems.append(str(error))
+            return []
+        finally:
+            self.seconds_waiting += time.perf_counter() - started
 
 
-def _encode(base: LoadedBase, pixels: torch.Tensor, flip: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and std on the CPU, each [B,V,4,h,w]."""
-    variants = [pixels, pixels.flip(-1)] if flip else [pixels]
-    encoded = [base.family.encode_images(base, variant) for variant in variants]
-    mean = torch.stack([mean.cpu() for mean, _ in encoded], dim=1)
-    std = torch.stack([std.cpu() for _, std in encoded], dim=1)
-    return mean, std
+def _cut(example: CachedExample, source: Path | io.BytesIO, variants: Sequence[Variant]) -> list[_Cut]:
+    """Return the pixels and masks of the variants, from one decode. Raises DataError."""
+    sample = example.sample
+    settings = sample.concept.settings
+    file = _unchanged(source, example.identity, sample.path)
+    at_least = _scaled_size(variants[0].cut)
+    picture, opacity = read_picture_and_opacity(file, sample.path, background=settings.background, at_least=at_least)
+    mask = opacity if settings.masks.source == "alpha" else None
+    if sample.mask is not None:
+        mask = read_mask(sample.mask, read_header(file, sample.path), sample.path)
+        _unchanged(sample.mask, example.mask_hash, sample.mask)
+    cuts = []
+    for variant in variants:
+        pixels = fit_picture(picture, variant.cut)
+        weight = None if mask is None else cut_mask(mask, variant.cut)
+        if variant.flipped:
+            pixels, weight = pixels.flip(-1), None if weight is None else weight.flip(-1)
+        cuts.append(_Cut(variant.name, pixels, weight, sample))
+    return cuts
 
 
-def _groups_of_one_size(
-    fitted: Iterable[tuple[int, FittedPicture]],
-) -> Iterator[list[tuple[int, FittedPicture]]]:
-    waiting: dict[tuple[int, ...], list[tuple[int, FittedPicture]]] = {}
-    for item in fitted:
-        shape = tuple(item[1].pixels.shape)
+def _unchanged(source: Path | io.BytesIO, sha256: str, name: Path) -> io.BytesIO:
+    """Return the file's content, which is still what it was when it was hashed. Raises DataError where it is not.
+
+    Else the latents of one picture would be kept under the name of another.
+    """
+    try:
+        content = source.read_bytes() if isinstance(source, Path) else source.getvalue()
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error}); restore or remove the file") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DataError(f"{name}: was changed while it was being read; start again")
+    return io.BytesIO(content)
+
+
+def _pixels(variants: Sequence[Variant]) -> int:
+    return sum(variant.cut.target[0] * variant.cut.target[1] for variant in variants)
+
+
+def _scaled_size(size: PictureSize) -> tuple[int, int]:
+    """Return the width and height of the whole picture once it covers its bucket."""
+    (height, width), (down, across) = size.original, size.target
+    scale = max(across / width, down / height)
+    return math.ceil(width * scale), math.ceil(height * scale)
+
+
+def _encode_group(base: LoadedBase, group: Sequence[_Cut], writer: ShardWriter, problems: list[str]) -> None:
+    """The latents of cuts of one size are with the writer."""
+    mean, std = base.family.encode_images(base, torch.stack([cut.pixels for cut in group]))
+    packed = torch.cat([mean, std], dim=1).cpu()
+    for cut, row in zip(group, packed, strict=True):
+        if row.isfinite().all():
+            writer.add(cut.name, row.clone() if cut.mask is None else torch.cat([row, cut.mask]))
+        else:
+            problems.append(
+                f"{cut.sample.path}: the VAE gives non-finite latents for this picture in {base.dtype}; "
+                "set base.precision to fp32 or bf16"
+            )
+
+
+def _groups_of_one_size(cuts: Iterable[_Cut], device: torch.device) -> Iterator[list[_Cut]]:
+    most = _PIXELS_AT_ONCE_ON_CPU if device.type == "cpu" else _PIXELS_AT_ONCE
+    waiting: dict[tuple[int, ...], list[_Cut]] = {}
+    for cut in cuts:
+        shape = tuple(cut.pixels.shape)
         group = waiting.setdefault(shape, [])
-        group.append(item)
-        if len(group) * shape[1] * shape[2] >= _PIXELS_AT_ONCE or len(group) >= 16:
+        group.append(cut)
+        if (len(group) + 1) * shape[1] * shape[2] > most or len(group) >= _PICTURES_AT_ONCE:
             yield waiting.pop(shape)
     yield from waiting.values()

@@ -45,7 +45,12 @@ def _train_briefly(folder: Path, device: torch.device) -> Path:
 
     settings: dict[str, Any] = {
         "base": {"path": "tiny"},
-        "data": {"folder": str(_draw(folder / "train", 2)), "caption": "a [trigger]", "trigger": "zorb"},
+        "data": {
+            "folder": str(_draw(folder / "train", 2)),
+            "caption": "a [trigger]",
+            "trigger": "zorb",
+            "cache": {"folder": str(folder / "cache")},
+        },
         "adapter": {"rank": 2, "alpha": 2},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
         "training": {"steps": 2},

@@ -133,14 +133,19 @@ class LoadedBase:
 
         It is the proof that nothing wrote to the base: equal before and after.
         """
-        digest = hashlib.sha256()
-        for component, module in self.components():
-            for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
-                if ".lora_" in name:
-                    continue
-                digest.update(f"{component}.{name.replace('.base_layer', '')}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return hashlib.sha256(
+            "".join(f"{name}:{module_sha256(module)} " for name, module in self.components()).encode()
+        ).hexdigest()
+
+
+def module_sha256(module: torch.nn.Module) -> str:
+    """SHA-256 over the names and bytes of a module's weights as they are in memory, adapters left out."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
+        if ".lora_" not in name:
+            digest.update(name.replace(".base_layer", "").encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class ModelFamily(Protocol):
@@ -178,6 +183,10 @@ class ModelFamily(Protocol):
 
         Gradients flow where a text encoder has trained weights.
         """
+        ...
+
+    def excess_tokens(self, base: LoadedBase, prompts: Sequence[str]) -> list[int]:
+        """Return how many tokens of each prompt the encoders do not see, 0 where it fits."""
         ...
 
     def predict(

@@ -21,6 +21,9 @@ _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 _RESNET = ("resnets.*.conv1", "resnets.*.conv2", "resnets.*.conv_shortcut", "resnets.*.time_emb_proj")
 _TEXT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 
+_PROMPTS_AT_ONCE = 256
+"""A tokenizer's results take kilobytes each."""
+
 
 class LatentDiffusion:
     """The common half of every family; a subclass adds how prompts become conditioning and what the UNet is told."""
@@ -90,6 +93,17 @@ class LatentDiffusion:
         scale = base.vae.config.scaling_factor
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
+    def excess_tokens(self, base: LoadedBase, prompts: Sequence[str]) -> list[int]:
+        """Return how many tokens of each prompt the encoders do not see, 0 where it fits."""
+        most = [0] * len(prompts)
+        for name, tokenizer in base.tokenizers.items():
+            limit = _token_limit(base, name)
+            for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+                part = list(prompts[start : start + _PROMPTS_AT_ONCE])
+                for index, ids in enumerate(tokenizer(part, truncation=False).input_ids, start):
+                    most[index] = max(most[index], len(ids) - limit)
+        return most
+
     def decode_latents(self, base: LoadedBase, latents: torch.Tensor) -> torch.Tensor:
         """Return pixels [B,3,H,W] float32 in [0,1]; where the VAE overflowed, NaN."""
         shift = base.vae.config.shift_factor or 0.0
@@ -103,17 +117,20 @@ class LatentDiffusion:
 
 def tokenize(base: LoadedBase, encoder: str, prompts: Sequence[str]) -> torch.Tensor:
     """Return the token ids [B,77] of an encoder's own tokenizer on the base's device; longer prompts are cut."""
-    # Not the tokenizer's own limit: one of vocab.json and merges.txt alone knows none.
-    length = base.text_encoders[encoder].config.max_position_embeddings
     tokens = base.tokenizers[encoder](
         list(prompts),
         padding="max_length",
-        max_length=length,
+        max_length=_token_limit(base, encoder),
         truncation=True,
         return_tensors="pt",
     )
     ids: torch.Tensor = tokens.input_ids.to(base.device)
     return ids
+
+
+def _token_limit(base: LoadedBase, encoder: str) -> int:
+    # Not the tokenizer's own limit: one of vocab.json and merges.txt alone knows none.
+    return int(base.text_encoders[encoder].config.max_position_embeddings)
 
 
 def sampler(base: LoadedBase) -> Any:

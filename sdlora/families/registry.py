@@ -25,7 +25,7 @@ from sdlora.families.quantize import quantize_linears
 from sdlora.families.sd import SD1, SD2
 from sdlora.families.sdxl import SDXL
 from sdlora.families.sources import checkpoint_tokenizers, find_base, folder_tokenizers
-from sdlora.families.traits import PREDICTION_TYPES
+from sdlora.families.traits import PREDICTION_TYPES, FamilyTraits
 from sdlora.families.weights import CheckpointWeights, FolderWeights, Weights, fill, skeleton
 from sdlora.storage import cached_sha256, read_header
 
@@ -47,8 +47,8 @@ def load_base(section: BaseSection, device: torch.device | str | None = None, *,
             f"{path}: is a folder, which describes itself; base.config and base.tokenizer are for checkpoints"
         )
     facts = detect_base(path, section.variant)
-    with _explained(facts):
-        base = _assemble(section, facts, target, _choose_dtype(section.precision, target))
+    with explained(facts.path, facts.family):
+        base = _assemble(section, facts, target, choose_dtype(section.precision, target))
         undeclared = section.prediction == "auto" and facts.prediction is None and not _config_declares(section)
         if undeclared:
             _measure_when_fetched(base)
@@ -58,24 +58,23 @@ def load_base(section: BaseSection, device: torch.device | str | None = None, *,
 
 
 @contextmanager
-def _explained(facts: BaseFacts) -> Iterator[None]:
+def explained(path: Path, family: FamilyTraits) -> Iterator[None]:
     """Inside, what the libraries raise for files and models that do not go together becomes a ModelError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ModelError(
-            f"{facts.path}: does not fit into the GPU's memory; set base.precision to bf16 or fp16, "
-            "or base.quantize to nf4"
+            f"{path}: does not fit into the GPU's memory; set base.precision to bf16 or fp16, or base.quantize to nf4"
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         lines = [*str(error).strip().splitlines(), type(error).__name__]
         detail = (lines[1] if lines[0].endswith(":") else lines[0]).strip()[:200]
         advice = (
             "a checkpoint of another size needs base.config, a diffusers folder that describes it"
-            if facts.path.is_file()
+            if path.is_file()
             else "its weights and its settings must belong together; download or export it again"
         )
-        raise ModelError(f"{facts.path}: cannot be loaded as {facts.family.title} ({detail}); {advice}") from error
+        raise ModelError(f"{path}: cannot be loaded as {family.title} ({detail}); {advice}") from error
 
 
 def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtype: torch.dtype) -> LoadedBase:
@@ -90,7 +89,7 @@ def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtyp
     unet = skeleton(UNet2DConditionModel, weights, "unet")
 
     def fill_unet() -> None:
-        with _explained(facts):
+        with explained(facts.path, family.traits):
             if left_out := sorted(weights.without_place("unet", unet)):
                 base.notes += (
                     f"its UNet's file holds {len(left_out)} tensors for which {family.title} has no place, such as "
@@ -248,7 +247,7 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return _DTYPES[precision]
     if device.type == "cuda":

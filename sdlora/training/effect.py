@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from sdlora.adapters.inject import adapters_off, base_weight_norms, extract_adapter
-from sdlora.data.cache import CachedExample
+from sdlora.data.examples import CachedExample
 from sdlora.families.base import Conditioning, LoadedBase, autocast
-from sdlora.training.objective import CaptionRows
+from sdlora.training.objective import EncodedTexts
 
 _NOTICEABLE = 1e-3
 
@@ -44,7 +44,7 @@ class Effect:
 
 
 @torch.no_grad()
-def measure_effect(base: LoadedBase, name: str, examples: Sequence[CachedExample], captions: CaptionRows) -> Effect:
+def measure_effect(base: LoadedBase, name: str, examples: Sequence[CachedExample], texts: EncodedTexts) -> Effect:
     """Return the effect of the live adapter `name`, on at most four of `examples`."""
     layers = extract_adapter(base, name)
     weights = base_weight_norms(base, list(layers))
@@ -54,7 +54,8 @@ def measure_effect(base: LoadedBase, name: str, examples: Sequence[CachedExample
     changed = size = 0.0
     generator = torch.Generator().manual_seed(0)
     for example in examples[:4]:
-        noisy = torch.randn(example.mean[:1].shape, generator=generator).to(base.device, base.dtype)
+        width, height = example.bucket
+        noisy = torch.randn((1, 4, height // 8, width // 8), generator=generator).to(base.device, base.dtype)
         timestep = torch.tensor([len(base.alphas_cumprod) // 2], device=base.device)
 
         def predict(
@@ -62,7 +63,7 @@ def measure_effect(base: LoadedBase, name: str, examples: Sequence[CachedExample
         ) -> torch.Tensor:
             with autocast(base):
                 text = example.sample.caption
-                conditioning = captions[text] if captions else base.family.encode_prompts(base, [text])
+                conditioning = texts[text] if texts else base.family.encode_prompts(base, [text])
                 encoded: Conditioning = conditioning.to(base.device, base.dtype)
                 return base.family.predict(base, noisy, timestep, encoded, [example.size]).float()
 

@@ -19,13 +19,12 @@ from sdlora.adapters.file import AdapterFile, write_adapter
 from sdlora.adapters.inject import extract_adapter, load_weights
 from sdlora.adapters.metadata import TrainingFacts, training_metadata
 from sdlora.config import TrainConfig
-from sdlora.data.batches import BatchOrder
-from sdlora.data.cache import CachedExample
-from sdlora.errors import FormatError, TrainingError
+from sdlora.errors import DataError, FormatError, TrainingError
 from sdlora.families.base import LoadedBase
 from sdlora.training.effect import Effect, measure_effect
 from sdlora.training.events import EventLog
-from sdlora.training.objective import CaptionRows, batch_loss, training_generator, validation_loss
+from sdlora.training.material import Material
+from sdlora.training.objective import batch_loss, training_generator, validation_loss
 from sdlora.training.optim import average_gradients, clip_gradients, rate_factor, set_rate
 from sdlora.training.processor import training_on_cpu
 from sdlora.training.progress import ProgressView
@@ -52,9 +51,7 @@ class TrainingLoop:
 
     config: TrainConfig
     base: LoadedBase
-    examples: Sequence[CachedExample]
-    validation: Sequence[CachedExample]
-    captions: CaptionRows
+    material: Material
     parameters: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
@@ -68,8 +65,6 @@ class TrainingLoop:
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        data, training = self.config.data, self.config.training
-        self.order = BatchOrder(self.examples, training.batch_size, data.repeats, training.seed)
         self._scaler = torch.amp.GradScaler(
             self.base.device.type, enabled=self.base.dtype == torch.float16 and self.base.device.type == "cuda"
         )
@@ -88,7 +83,8 @@ class TrainingLoop:
     def _work(self) -> int:
         """Return the latent positions of a batch times the UNet's parameters."""
         parameters = sum(parameter.numel() for parameter in self.base.unet.parameters())
-        return self.config.training.batch_size * self.examples[0].mean[0, 0].numel() * parameters
+        width, height = self.material.examples[0].bucket
+        return self.config.training.batch_size * (width // 8) * (height // 8) * parameters
 
     def _run(self, stop: threading.Event, folder: Path) -> Outcome:
         steps = self.config.training.steps
@@ -101,7 +97,7 @@ class TrainingLoop:
         bad_steps = 0
         with self.view.counting(steps, first):
             while self.step < steps and not self._asked_to_stop(stop):
-                loss, norm = self._optimize()
+                loss, norm = self._optimize_or_save(folder)
                 finite = math.isfinite(loss) and math.isfinite(norm)
                 bad_steps = 0 if finite else bad_steps + 1
                 self.step += 1
@@ -127,6 +123,14 @@ class TrainingLoop:
                     self._periodic(folder)
             return self._finish(folder, time.perf_counter() - began)
 
+    def _optimize_or_save(self, folder: Path) -> tuple[float, float]:
+        """As `_optimize`; where an example can no longer be read, the state of the last whole step is saved first."""
+        try:
+            return self._optimize()
+        except DataError:
+            self._save_state(folder)
+            raise
+
     def _optimize(self) -> tuple[float, float]:
         """One optimizer step over all micro-batches; returns loss and gradient norm before clipping.
 
@@ -138,12 +142,12 @@ class TrainingLoop:
         total = 0.0
         for micro in range(training.accumulate_batches):
             number = (self.step * training.accumulate_batches + micro) * world
-            batch = [self.examples[i] for i in self.order.batch(number + rank)]
+            turns, full = self.material.batch(number + rank)
             generator = training_generator(self.config, rank, self.examples_seen)
-            loss = batch_loss(self.base, batch, self.captions, self.config, generator)
+            loss = batch_loss(self.base, turns, full, self.material.texts, self.config, generator)
             self._scaler.scale(loss / training.accumulate_batches).backward()
             total += float(loss.detach()) / training.accumulate_batches
-            self.examples_seen += sum(len(self.order.batch(number + other)) for other in range(world))
+            self.examples_seen += sum(len(self.material.order.batch(number + other).draws) for other in range(world))
         average_gradients(self.accelerator, self.parameters)
         self._scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.config.optimizer.clip_norm)
@@ -188,8 +192,8 @@ class TrainingLoop:
     def _finish(self, folder: Path, seconds: float) -> Outcome:
         interrupted = self.step < self.config.training.steps
         self.base.unet.eval()
-        effect = measure_effect(self.base, ADAPTER, self.examples, self.captions)
-        path = self._save_adapter(folder, self.config.output.name)
+        path = self._save_adapter(folder, self.config.output.name)  # before anything else can fail
+        effect = measure_effect(self.base, ADAPTER, self.material.examples, self.material.texts)
         if interrupted:
             self._save_state(folder)
         loss_after = None if interrupted else self._validate()
@@ -208,11 +212,13 @@ class TrainingLoop:
     def _save_adapter(self, folder: Path, name: str) -> Path:
         """The adapter as it is now is in the folder. Raises TrainingError, writing nothing, when it holds NaN."""
         path = folder / f"{name}.safetensors"
+        batches = self.step * self.config.training.accumulate_batches * self.accelerator.num_processes
         facts = TrainingFacts(
             steps=self.step,
-            epochs=math.ceil(self.step * self.config.training.accumulate_batches / self.order.batches_per_epoch),
-            pictures=sum(not example.sample.prior for example in self.examples),
-            resolution=self.config.data.resolution or self.base.resolution,
+            epochs=self.material.order.epoch_of(max(0, batches - 1)) + 1,
+            concepts=self.material.concept_facts(),
+            resolution=self.material.resolution(self.base),
+            buckets=self.material.uses_buckets(),
             started=self.started,
             finished=time.time(),
         )
@@ -243,11 +249,12 @@ class TrainingLoop:
         self.events.write("checkpoint", step=self.step, path=str(path))
 
     def _validate(self) -> float | None:
-        if not self.validation:
+        if not self.material.validation:
             return None
         training = self.base.unet.training
         self.base.unet.eval()
-        loss = validation_loss(self.base, self.validation, self.captions, self.config.validation.timesteps)
+        levels = self.config.validation.timesteps
+        loss = validation_loss(self.base, self.material.validation, self.material.texts, levels)
         self.base.unet.train(training)
         self.events.write("validation", step=self.step, loss=round(loss, 6))
         self.accelerator.log({"validation_loss": loss}, step=self.step)
@@ -274,7 +281,7 @@ class TrainingLoop:
         self.events.write(
             "start",
             steps=self.config.training.steps,
-            pictures=len(self.examples),
+            pictures=len(self.material.examples),
             trainable_parameters=sum(p.numel() for p in self.parameters),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             precision=str(self.base.dtype).removeprefix("torch."),

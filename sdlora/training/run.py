@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -19,8 +18,9 @@ from accelerate.utils import parse_flag_from_env
 
 from sdlora.adapters.inject import choose_targets, new_adapter
 from sdlora.config import SamplesSection, TrainConfig, require_complete, write_config
-from sdlora.data.cache import CachedExample, encode_captions, encode_pictures
-from sdlora.data.source import Dataset, fill_trigger, open_dataset
+from sdlora.data.examples import CachedExample
+from sdlora.data.source import fill_trigger
+from sdlora.data.store import Together
 from sdlora.diffusion import seed_from
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.families.base import Conditioning, LoadedBase
@@ -30,7 +30,8 @@ from sdlora.storage import check_writable
 from sdlora.training.effect import Effect
 from sdlora.training.events import EventLog
 from sdlora.training.loop import ADAPTER, TrainingLoop
-from sdlora.training.objective import CaptionRows
+from sdlora.training.material import ClassPictures, OpenedData, open_data, prepare_material
+from sdlora.training.objective import EncodedTexts
 from sdlora.training.optim import make_optimizer
 from sdlora.training.progress import ProgressView
 from sdlora.training.state import load_newest_state, run_identity
@@ -57,16 +58,20 @@ class RunResult:
     """Whether this process wrote the files and should speak of the run; of several launched ones, the first."""
 
 
-def train(config: TrainConfig, preview: Preview | None = None) -> RunResult:
+def train(
+    config: TrainConfig, preview: Preview | None = None, class_pictures: ClassPictures | None = None
+) -> RunResult:
     """Train an adapter as `config` says and return where it is and what it does.
 
-    The run folder gets the adapter, config.toml, events.jsonl, samples and checkpoints. Ctrl-C ends the
+    `preview` makes sample pictures, `class_pictures` those that data.prior.source = "generated" asks for. The run folder gets the adapter, config.toml, events.jsonl, samples and checkpoints. Ctrl-C ends the
     run after the current step with the adapter and a checkpoint saved. Raises SdloraError for anything
     a user can mend; a failed run overwrites no adapter.
     """
     require_complete(config)
     folder = Path(config.output.folder).expanduser()
-    dataset, held_out = _open_data(config)
+    _check_prompts(config)
+    _refuse_taken(folder, config)
+    data = open_data(config)
     processes = _processes()
     main = processes.is_main_process
     if main:
@@ -76,7 +81,7 @@ def train(config: TrainConfig, preview: Preview | None = None) -> RunResult:
     accelerator = _accelerator(config, folder)
     events = EventLog(folder / "events.jsonl" if main else None)
     try:
-        return _train(config, preview, folder, dataset, held_out, accelerator, events)
+        return _train(config, preview, class_pictures, folder, data, accelerator, events)
     except BaseException as error:
         reason = str(error) if isinstance(error, SdloraError) else f"{type(error).__name__}: {error}"
         events.write("failed", reason=reason)
@@ -107,9 +112,9 @@ def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
 def _train(
     config: TrainConfig,
     preview: Preview | None,
+    class_pictures: ClassPictures | None,
     folder: Path,
-    dataset: Dataset,
-    held_out: Dataset | None,
+    data: OpenedData,
     accelerator: Accelerator,
     events: EventLog,
 ) -> RunResult:
@@ -119,9 +124,11 @@ def _train(
     choose_targets(base, config.adapter)  # a wrong pattern is found before the pictures are encoded
     view = ProgressView(visible=accelerator.is_main_process)
     view.say(f"base {base.source.name}: {base.family.title}, {base.dtype} on {base.device}".replace("torch.", ""))
-    view.say(dataset.summary())
+    for line in data.summary:
+        view.say(line)
+    together = Together(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     with _timed(seconds, "encode"):
-        examples, validation, captions = _encode(config, base, dataset, held_out, view)
+        material = prepare_material(config, base, data, together, view.say, class_pictures)
     if preview is None or not config.samples.prompts:
         preview = None
         base.drop_encoders(keep_text=config.adapter.text_encoder)
@@ -129,7 +136,7 @@ def _train(
         base.fetch_unet()
     for note in base.notes:
         view.say(note)
-    if warning := _check_prediction(base, examples, captions):
+    if warning := _check_prediction(base, material.examples, material.texts):
         events.write("warning", reason=warning)
         view.say(f"WARNING: {warning}")
 
@@ -143,16 +150,14 @@ def _train(
     loop = TrainingLoop(
         config=config,
         base=base,
-        examples=examples,
-        validation=validation,
-        captions=captions,
+        material=material,
         parameters=[p for members in parameters.values() for p in members],
         optimizer=optimizer,
         accelerator=accelerator,
         events=events,
         preview=_sampler(config, base, preview),
         view=view,
-        identity=run_identity(config, base.source.sha256, dataset.fingerprint()),
+        identity=run_identity(config, base.source.sha256, material.identity, accelerator.num_processes),
     )
     if config.training.resume:
         loop.restore(load_newest_state(folder / "checkpoints", loop.identity))
@@ -173,74 +178,42 @@ def _train(
     )
 
 
-def _open_data(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
-    dataset = open_dataset(config.data)
+def _check_prompts(config: TrainConfig) -> None:
     for prompt in config.samples.prompts:
-        fill_trigger(prompt, config.data.trigger)
-    if not config.validation.folder:
-        return dataset, None
-    held_out = open_dataset(config.data.model_copy(update={"folder": config.validation.folder, "prior_folder": ""}))
-    shared = {s.path.resolve() for s in dataset.samples} & {s.path.resolve() for s in held_out.samples}
-    if shared:
-        raise ConfigError(
-            f"validation.folder: {sorted(shared)[0]} is also a training picture; "
-            "held-out pictures must lie outside data.folder and data.prior_folder"
-        )
-    return dataset, held_out
+        if "[trigger]" in prompt and not config.data.trigger:
+            raise ConfigError(f"samples.prompts: {prompt!r} holds [trigger] but data.trigger is not set")
 
 
-def _claim_folder(folder: Path, config: TrainConfig) -> None:
-    """The run folder is there and writable, and an earlier run in it is not overwritten by accident."""
-    check_writable(folder)
+def _refuse_taken(folder: Path, config: TrainConfig) -> bool:
+    """Return whether the folder holds a run. Raises ConfigError where that one would be overwritten by accident."""
     taken = (folder / "events.jsonl").exists()
     if taken and not (config.training.resume or config.output.overwrite):
         raise ConfigError(
             f"{folder}: already holds a run; choose another output.folder, go on with it "
             "(--training.resume True), or replace it (--output.overwrite True)"
         )
-    if taken and not config.training.resume:
+    return taken
+
+
+def _claim_folder(folder: Path, config: TrainConfig) -> None:
+    """The run folder is there and writable, and nothing of an earlier run misleads in it."""
+    check_writable(folder)
+    if _refuse_taken(folder, config) and not config.training.resume:
         (folder / "events.jsonl").unlink()
         for checkpoint in (folder / "checkpoints").glob("state-*.pt"):
             checkpoint.unlink()
 
 
-def _encode(
-    config: TrainConfig, base: LoadedBase, dataset: Dataset, held_out: Dataset | None, view: ProgressView
-) -> tuple[list[CachedExample], list[CachedExample], CaptionRows]:
-    resolution = config.data.resolution or base.resolution
-    last = [time.monotonic()]
-
-    def progress(done: int, total: int) -> None:
-        if time.monotonic() - last[0] > 10:
-            last[0] = time.monotonic()
-            view.say(f"encoded {done} of {total} pictures")
-
-    examples = encode_pictures(
-        base,
-        dataset.samples,
-        resolution,
-        buckets=config.data.buckets,
-        flip=config.data.flip,
-        on_progress=progress,
-    )
-    held_out_samples = held_out.samples if held_out else ()
-    validation = encode_pictures(base, held_out_samples, resolution, buckets=config.data.buckets)
-    captions: dict[str | None, Any] = {}
-    if not config.adapter.text_encoder:
-        captions = encode_captions(base, (s.caption for s in (*dataset.samples, *held_out_samples)))
-    return examples, validation, captions
-
-
-def _check_prediction(base: LoadedBase, examples: Sequence[CachedExample], captions: CaptionRows) -> str:
+def _check_prediction(base: LoadedBase, examples: Sequence[CachedExample], known: EncodedTexts) -> str:
     """Return a warning where the base seems to predict something else than it is taken to, else ""."""
     batch = [example for example in examples if example.bucket == examples[0].bucket][:_CHECKED_PICTURES]
     texts = [example.sample.caption for example in batch]
-    if captions:
-        conditioning = Conditioning.concatenate([captions[text] for text in texts])
+    if known:
+        conditioning = Conditioning.concatenate([known[text] for text in texts])
     else:
         with torch.no_grad():
             conditioning = base.family.encode_prompts(base, texts)
-    latents = torch.stack([example.mean[0] for example in batch])
+    latents = torch.stack([example.posterior().mean for example in batch])
     try:
         return check_prediction(base, latents, conditioning, [example.size for example in batch])
     except torch.OutOfMemoryError:

@@ -33,15 +33,19 @@ class TrainingState:
     identity: str
 
 
-def run_identity(config: TrainConfig, base_sha256: str, data_fingerprint: str) -> str:
+def run_identity(config: TrainConfig, base_sha256: str, data_fingerprint: str, processes: int = 1) -> str:
     """Return a hash of all that must be equal for a resumed run to continue the earlier one."""
     sections = ("data", "adapter", "optimizer", "training")
     settings = {name: getattr(config, name).model_dump(mode="json") for name in sections}
     for key in ("resume", "checkpoint_every_steps"):
         del settings["training"][key]
-    del settings["data"]["folder"]
+    del settings["data"]["cache"]
+    for part in (settings["data"], settings["data"]["prior"], *settings["data"]["concepts"]):
+        part["folder"] = ""  # the pictures may have been moved; their content is in the fingerprint
+    for part in (settings["data"], *settings["data"]["concepts"]):
+        part["masks"]["folder"] = ""
     base = config.base.model_dump(mode="json", include={"precision", "quantize", "prediction"})
-    text = json.dumps([settings, base_sha256, data_fingerprint, base], sort_keys=True)
+    text = json.dumps([settings, base_sha256, data_fingerprint, base, processes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

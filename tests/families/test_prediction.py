@@ -5,12 +5,11 @@ From its epsilon prediction the exact v prediction follows: v = (epsilon - sqrt(
 
 import pytest
 import torch
+from encoded import encode, encode_texts
 from families_help import load
 
 from sdlora.assets import EXAMPLE_CONCEPT
 from sdlora.config import DataSection
-from sdlora.data.cache import encode_captions, encode_pictures
-from sdlora.data.source import open_dataset
 from sdlora.errors import ModelError
 from sdlora.families.base import Conditioning, PictureSize
 from sdlora.families.prediction import (
@@ -37,11 +36,11 @@ def predict_v_instead(base) -> None:
 
 
 def batch(base):
-    samples = open_dataset(DataSection(folder=str(EXAMPLE_CONCEPT / "train"), trigger="zorblin")).samples[:4]
-    examples = encode_pictures(base, samples, 128)
-    captions = encode_captions(base, [sample.caption for sample in samples])
-    conditioning = Conditioning.concatenate([captions[sample.caption] for sample in samples])
-    return torch.stack([example.mean[0] for example in examples]), conditioning, [e.size for e in examples]
+    section = DataSection(folder=str(EXAMPLE_CONCEPT / "train"), trigger="zorblin")
+    examples = encode(base, section, 128)[:4]
+    texts = encode_texts(base, [example.sample.caption for example in examples])
+    conditioning = Conditioning.concatenate([texts[example.sample.caption] for example in examples])
+    return torch.stack([e.posterior().mean for e in examples]), conditioning, [e.size for e in examples]
 
 
 def test_measured_without_any_picture(trained):

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from encoded import encode, encode_texts, picture_files
 
 from sdlora.adapters.inject import new_adapter
 from sdlora.config import write_config
-from sdlora.data.batches import BatchOrder
-from sdlora.data.cache import encode_captions, encode_pictures
-from sdlora.data.source import open_dataset
+from sdlora.data.store import data_cache
 from sdlora.diffusion import seed_from
 from sdlora.training.events import read_events
+from sdlora.training.material import Material
 from sdlora.training.objective import batch_loss, training_generator
 
 ROOT = Path(__file__).parents[2]
@@ -37,13 +37,15 @@ def test_two_processes_average_their_gradients_and_write_once(configure: Any, ti
     assert [step["step"] for step in steps] == [1, 2]
 
     base = tiny_base()
-    examples = encode_pictures(base, open_dataset(config.data).samples, 64)
-    captions = encode_captions(base, [example.sample.caption for example in examples])
+    examples = encode(base, config.data)
+    texts = encode_texts(base, [example.sample.caption for example in examples])
     parameters = new_adapter(base, "trained", config.adapter, seed_from(config.training.seed, "adapter"))["unet"]
-    order = BatchOrder(examples, config.training.batch_size, config.data.repeats, config.training.seed)
+    material = Material(config, examples, (), "", texts=texts)
     for rank in range(2):
-        batch = [examples[index] for index in order.batch(rank)]
-        batch_loss(base, batch, captions, config, training_generator(config, rank, 0)).backward()
+        turns, full = material.batch(rank)
+        batch_loss(base, turns, full, texts, config, training_generator(config, rank, 0)).backward()
     sums = [float(parameter.grad.square().sum()) for parameter in parameters if parameter.grad is not None]
     assert steps[0]["gradient_norm"] == pytest.approx(math.sqrt(sum(sums)) / 2, rel=1e-3)
-    assert steps[0]["examples_seen"] == len(order.batch(0)) + len(order.batch(1))
+    assert steps[0]["examples_seen"] == sum(len(material.batch(rank)[0]) for rank in range(2))
+    shards = picture_files(data_cache(config.data))
+    assert shards  # each process wrote its half, and both trained on all

@@ -16,6 +16,7 @@ import torch
 
 from sdlora import load_config, parse_config, read_adapter, train
 from sdlora.assets import EXAMPLE_CONCEPT
+from sdlora.data.store import clear_cache, data_cache
 from sdlora.errors import ConfigError, DataError, OutputError, TrainingError
 from sdlora.families.base import LoadedBase
 from sdlora.storage import read_header, read_tensors, sha256_of_tensor_data
@@ -23,6 +24,7 @@ from sdlora.training import loop as loop_module
 from sdlora.training import run as run_module
 from sdlora.training.events import read_events
 from sdlora.training.loop import TrainingLoop
+from sdlora.training.state import run_identity
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -78,7 +80,7 @@ def test_a_killed_run_resumed_gives_the_uninterrupted_adapter_bit_for_bit(
         "optimizer__kind": optimizer,
         "adapter__rank": 160,
         "adapter__dropout": 0.1,
-        "data__caption_dropout": 0.3,
+        "data__captions__dropout": 0.3,
         "training__accumulate_batches": 2,
         "training__checkpoint_every_steps": 2,
     }
@@ -319,7 +321,7 @@ def test_a_base_that_is_declared_wrongly_is_warned_about(configure: Any, capsys:
 
 
 def test_a_wrong_target_is_found_before_anything_is_encoded(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_encode", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(run_module, "prepare_material", lambda *_: pytest.fail("encoded"))
     with pytest.raises(ConfigError, match=r"'attn9' matches no layer of this base"):
         train(configure(adapter__targets=("attn9",)))
 
@@ -358,3 +360,29 @@ def test_a_check_that_finds_no_memory_ends_no_run(configure: Any, monkeypatch: p
 def test_a_wrong_target_names_its_setting(configure: Any) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.text_encoder_targets: 'bogus' matches no layer"):
         train(configure(adapter__text_encoder=True, adapter__text_encoder_targets=("bogus",)))
+
+
+def test_a_run_whose_cache_goes_keeps_what_it_has_learnt(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimize = TrainingLoop._optimize
+
+    def clear_at_3(self: TrainingLoop) -> tuple[float, float]:
+        if self.step == 3:
+            clear_cache(data_cache(self.config.data), force=True)
+        return optimize(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "_optimize", clear_at_3)
+        with pytest.raises(DataError, match="was removed or cut short while it was in use; start again"):
+            train(configure())
+    resumed = train(configure(training__resume=True))
+    events = read_events(resumed.folder / "events.jsonl")
+    assert [event["resumed_at_step"] for event in events if event["event"] == "start"] == [0, 3]
+
+
+def test_the_pictures_may_move_but_not_the_number_of_processes(configure: Any, settings: Any) -> None:
+    train(configure(training__checkpoint_every_steps=2))
+    moved = Path(settings["data"]["folder"]).rename(Path(settings["data"]["folder"]).with_name("under another name"))
+    resumed = train(configure(training__resume=True, data__folder=str(moved)))
+    assert resumed.steps == 6
+    config = configure()
+    assert run_identity(config, "a", "b", 1) != run_identity(config, "a", "b", 2)
