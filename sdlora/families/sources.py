@@ -1,9 +1,10 @@
-"""Where a base lies: a local path, or Hugging Face and its cache; and where the tokenizers are that checkpoints lack."""
+"""Where a model lies: a local path, or Hugging Face and its cache; and where the tokenizers are that checkpoints lack."""
 
 from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,18 +38,20 @@ def find_base(section: BaseSection) -> Path:
         path = Path(name)
     if path.exists():
         return path
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         raise ModelError(
             f"{name}: there is no such file or folder; --base takes tiny, a diffusers folder, "
             "a .safetensors checkpoint, or a Hugging Face id such as owner/name"
         )
     if path.suffix in {".safetensors", ".ckpt", ".pt"}:
         raise ModelError(f"{name}: there is no such file")
-    return _download_base(name, section)
+    wanted = [f"{part}/{weights}" for part in _WEIGHT_FOLDERS for weights in weight_patterns(section.variant)]
+    wanted += ["*/*.index.json", "model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
+    return download(name, section.revision, wanted)
 
 
-def _download_base(name: str, section: BaseSection) -> Path:
-    """Return the local folder of a hub id, downloaded as far as it is not in the cache already.
+def download(name: str, revision: str, wanted: Sequence[str], left_out: Sequence[str] = ()) -> Path:
+    """Return the local folder of a hub id whose files of the `wanted` patterns are there, from the cache or the network.
 
     Raises ModelError for an id, revision or file that is not there, and where there is no network.
     """
@@ -61,18 +64,20 @@ def _download_base(name: str, section: BaseSection) -> Path:
         RevisionNotFoundError,
     )
 
-    wanted = [f"{part}/{weights}" for part in _WEIGHT_FOLDERS for weights in weight_patterns(section.variant)]
-    wanted += ["*/*.index.json", "model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
     offline = constants.HF_HUB_OFFLINE
     try:
-        return Path(snapshot_download(name, revision=section.revision or None, allow_patterns=wanted))
+        return Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=list(wanted), ignore_patterns=list(left_out) or None
+            )
+        )
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"{name}: there is neither such a folder nor such a Hugging Face model (or it is private: "
             "run 'hf auth login')"
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"{name}: has no branch, tag or commit called {section.revision!r}") from error
+        raise ModelError(f"{name}: has no branch, tag or commit called {revision!r}") from error
     except HFValidationError as error:
         raise ModelError(f"{name}: is neither an existing file or folder nor a Hugging Face id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -138,7 +143,7 @@ def _hub_folder(name: str, *, local_only: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         return None
     try:
         return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES, local_files_only=local_only))
@@ -146,6 +151,6 @@ def _hub_folder(name: str, *, local_only: bool) -> Path | None:
         return None
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Return whether `name` has the form owner/name."""
     return bool(re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", name, re.ASCII))
