@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train an adapter on a folder of pictures",
     "generate": "make pictures, with or without adapters",
     "app": "open the web page",
+    "dataset": "check pictures before a run, write captions, see to the cache",
     "base": "look at a base model",
     "doctor": "check this machine and installation",
 }
