@@ -36,6 +36,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/train_step.py --models tiny --file-pixels 3464 --out benchmarks/results
 	$(BIN)/python benchmarks/generate.py --out benchmarks/results
 	$(BIN)/python benchmarks/base_memory.py --out benchmarks/results
+	$(BIN)/python benchmarks/data.py --out benchmarks/results
+	$(BIN)/python benchmarks/buckets.py --out benchmarks/results
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -53,5 +55,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,trackers]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,trackers,datasets]"
 	@touch $@

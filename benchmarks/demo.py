@@ -97,7 +97,7 @@ def _config(out: Path, base: BaseSection) -> Any:
     values = load_config(_CONFIG)
     values["base"] = base.model_dump()
     values["data"]["folder"] = str(EXAMPLE_CONCEPT / "train")
-    values["data"]["prior_folder"] = str(EXAMPLE_CONCEPT / "others")
+    values["data"]["prior"]["folder"] = str(EXAMPLE_CONCEPT / "others")
     values["validation"]["folder"] = str(EXAMPLE_CONCEPT / "held-out")
     values["output"] |= {"folder": str(out), "overwrite": True}
     return parse_config(values, str(_CONFIG))
