@@ -26,6 +26,8 @@ from sdlora.storage import cache_folder, check_writable, read_header, serialize_
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHARD_BYTES = 16 << 20
+_SHARD_TENSORS = 1024
+"""A shard is written at so many bytes or tensors: while it is, it is in memory several times."""
 _SECONDS_UNTIL_WRITTEN = 30.0
 _NAME_LENGTH = 32
 _SECONDS_BETWEEN_TOUCHES = 600.0
@@ -219,7 +221,8 @@ class ShardWriter:
         """The tensor is on disk soon; it can be read once it is."""
         self._tensors[name] = tensor
         self._bytes += tensor.numel() * tensor.element_size()
-        if self._bytes >= _SHARD_BYTES or time.monotonic() - self._written > _SECONDS_UNTIL_WRITTEN:
+        full = self._bytes >= _SHARD_BYTES or len(self._tensors) >= _SHARD_TENSORS
+        if full or time.monotonic() - self._written > _SECONDS_UNTIL_WRITTEN:
             self.flush()
 
     def flush(self) -> None:
