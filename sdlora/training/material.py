@@ -79,8 +79,11 @@ def open_data(config: TrainConfig) -> OpenedData:
         apart = _found(validation, index, problems)
     raise_problems(problems)
     # Copies of what was split off, under other names or in other concepts, are not trained on either.
-    hashes = {fact.sha256 for fact in split_off.facts}
-    training = training.without(hashes)
+    found = len(training.samples)
+    training = training.without({fact.sha256 for fact in split_off.facts})
+    notes = list(dataset.notes)
+    if copies := found - len(training.samples):
+        notes.append(f"{copies} copies of held-out pictures are left out")
     if all(sample.prior for sample in training.samples):
         raise DataError("data.held_out: leaves no picture to train on but copies of those held out; lower it")
     hashes = {fact.sha256 for fact in training.facts}
@@ -90,7 +93,7 @@ def open_data(config: TrainConfig) -> OpenedData:
                 f"{sample.path}: is held out for validation and also a training picture; "
                 "held-out pictures must lie outside data.folder and data.prior.folder"
             )
-    return OpenedData(training, split_off + apart, (dataset.summary(), *dataset.notes))
+    return OpenedData(training, split_off + apart, (dataset.summary(), *notes))
 
 
 def _found(samples: Sequence[Sample], index: FileIndex, problems: list[str]) -> FoundSamples:

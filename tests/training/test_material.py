@@ -187,11 +187,13 @@ def test_the_class_prompt_is_encoded_where_it_is_held_to_the_base(prepare: Any) 
 # --- found in review ---------------------------------------------------------------------------------
 
 
-def test_copies_of_a_held_out_picture_are_not_trained_on(prepare: Any, settings: Any) -> None:
+def test_copies_of_a_held_out_picture_are_not_trained_on(prepare: Any, configure: Any, settings: Any) -> None:
     folder = Path(settings["data"]["folder"])
     for number in range(6):
         (folder / f"copy{number}.png").write_bytes((folder / f"{number}.png").read_bytes())
-    material, _ = prepare(data__held_out=0.2, data__caption="x", validation__folder="")
+    values = {"data__held_out": 0.2, "data__caption": "x", "validation__folder": ""}
+    assert any("copies of held-out pictures are left out" in line for line in open_data(configure(**values)).summary)
+    material, _ = prepare(**values)
     held = {example.identity for example in material.validation}
     assert held and held.isdisjoint(example.identity for example in material.examples)
 

@@ -101,8 +101,11 @@ def check_data(
         looks = look_at(samples, index, headers_only=headers_only, on_progress=on_progress)
     resolution = (base.resolution if base else None) or ASSUMED_RESOLUTION
     own = len(opened.training)
+    # As a run does: copies of what data.held_out splits off are not trained on either.
+    taken = {look.sha256 for look in looks[own : own + opened.split_off] if look.sha256}
+    trained = [number for number in range(own) if looks[number].sha256 not in taken]
     pictures = [
-        *_plan(samples[:own], looks[:own], config, resolution, held_out=False),
+        *_plan([samples[n] for n in trained], [looks[n] for n in trained], config, resolution, held_out=False),
         *_plan(samples[own:], looks[own:], config, resolution, held_out=True),
     ]
     found = [Finding(UNUSABLE, problem) for problem in opened.problems] + _find(pictures, base)
@@ -139,6 +142,8 @@ class _Opened:
     notes: tuple[str, ...]
     training: tuple[Sample, ...]
     held_out: tuple[Sample, ...]
+    split_off: int
+    """How many of these, the first, are a share of the training pictures."""
     problems: tuple[str, ...]
 
 
@@ -152,7 +157,7 @@ def _open(config: TrainConfig) -> _Opened:
         problems += validation.problems
     if config.data.prior.source == "generated":
         notes += ("the pictures of each class prompt are generated when the run starts, and not looked at here",)
-    return _Opened(dataset.summary(), notes, dataset.samples, held_out, problems)
+    return _Opened(dataset.summary(), notes, dataset.samples, held_out, len(dataset.held_out), problems)
 
 
 def _find(pictures: Sequence[Picture], base: BaseOutline | None) -> list[Finding]:
