@@ -79,7 +79,8 @@ def _runs(title: str, base: str, folder: Path, cache: Path, pixels: int, names: 
 def measure(options: argparse.Namespace) -> Mapping[str, Any]:
     """Return seconds and memory of one preparation."""
     from sdlora import load_base, parse_config
-    from sdlora.data.store import Together, measure_cache
+    from sdlora.data.cache_folder import measure_cache
+    from sdlora.data.store import Together
     from sdlora.training.material import open_data, prepare_material
 
     config = parse_config(

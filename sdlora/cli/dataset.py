@@ -39,7 +39,7 @@ def _run_cache(options: argparse.Namespace) -> int:
     from rich.filesize import decimal
 
     from sdlora.config import CacheSection, DataSection, validated
-    from sdlora.data.store import clear_cache, data_cache, measure_cache, trim_cache
+    from sdlora.data.cache_folder import clear_cache, data_cache, measure_cache, trim_cache
 
     values = {"folder": options.folder} | ({"limit_gb": options.limit_gb} if options.limit_gb else {})
     section = validated(CacheSection, values, "command line")

@@ -1,4 +1,4 @@
-"""`sdlora dataset caption DIR --model FOLDER_OR_ID`: captions by an image-to-text model, for pictures that have none."""
+"""`sdlora dataset caption DIR --model FOLDER_OR_ID`: captions by an image-to-text model, where there are none."""
 
 from __future__ import annotations
 

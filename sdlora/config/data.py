@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from sdlora.config.section import Count, NotNegative, Positive, Section, Share
 
-LAYOUTS = ("auto", "folder", "kohya-folders", "kohya-config", "kohya-metadata", "imagefolder", "shards", "hub")
 Layout = Literal["auto", "folder", "kohya-folders", "kohya-config", "kohya-metadata", "imagefolder", "shards", "hub"]
 
 

@@ -99,11 +99,6 @@ def cropped_share(width: int, height: int, bucket: Bucket) -> float:
     return 1 - min(across, down) / max(across, down)
 
 
-def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """Return the bucket that keeps the largest share of the picture; of equals the larger, then the narrower."""
-    return _choose([(width, height)], buckets)[0]
-
-
 def assign_buckets(sizes: Sequence[tuple[int, int]], rules: BucketsSection, resolution: int) -> list[Bucket]:
     """Return the bucket of each picture under all the rules; `resolution` is a multiple of 8.
 
@@ -121,7 +116,7 @@ def assign_buckets(sizes: Sequence[tuple[int, int]], rules: BucketsSection, reso
         # Pictures of less area would be enlarged in any shape, and keep their own size instead.
         least = 0 if rules.upscale else _LEAST_AREA * resolution**2
         buckets = fitted_buckets([size for size in sizes if size[0] * size[1] >= least], *limits, rules.count)
-    chosen = _choose(sizes, buckets)
+    chosen = choose_buckets(sizes, buckets)
     if rules.upscale:
         return chosen
     step = rules.step or (bucket_step if rules.shapes == "classic" else fitted_step)(resolution)
@@ -199,6 +194,12 @@ def _scaled(original: tuple[int, int], target: tuple[int, int]) -> tuple[int, in
     return max(target[0], round(original[0] * scale)), max(target[1], round(original[1] * scale))
 
 
+def scaled_size(size: PictureSize) -> tuple[int, int]:
+    """Return width and height of the whole picture when it just covers its bucket."""
+    height, width = _scaled(size.original, size.target)
+    return width, height
+
+
 def _kept(picture: Image.Image, size: PictureSize) -> tuple[float, float, float, float]:
     """Return the box of the crop in the picture as it is."""
     # Only what is kept is scaled: of a long thin picture the rest could fill the memory.
@@ -228,8 +229,8 @@ def _columns(sizes: Sequence[tuple[int, int]]) -> tuple[_Integers, _Integers]:
     return widths, heights
 
 
-def _choose(sizes: Sequence[tuple[int, int]], buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Return for each picture the bucket that keeps most of it."""
+def choose_buckets(sizes: Sequence[tuple[int, int]], buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Return for each picture the bucket that keeps most of it; of equals the larger, then the narrower."""
     widths, heights = _columns(sizes)
     ordered = sorted(buckets, key=lambda bucket: (-bucket[0] * bucket[1], bucket))
     most, chosen = np.zeros(len(sizes)), np.zeros(len(sizes), dtype=np.int64)

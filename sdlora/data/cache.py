@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,15 +13,17 @@ from pathlib import Path
 
 import torch
 
-from sdlora.data.buckets import cut_mask, fit_picture
-from sdlora.data.examples import CachedExample, Progress, Variant
+from sdlora.data import Progress
+from sdlora.data.buckets import cut_mask, fit_picture, scaled_size
+from sdlora.data.cache_folder import store_folder
+from sdlora.data.examples import CachedExample, Variant
 from sdlora.data.headers import read_header
 from sdlora.data.pictures import read_mask, read_picture_and_opacity
 from sdlora.data.sample import Sample
 from sdlora.data.source import raise_problems
 from sdlora.data.store import ALONE, ShardWriter, TensorStore, Together
 from sdlora.errors import DataError
-from sdlora.families.base import LoadedBase, PictureSize, module_sha256
+from sdlora.families.base import LoadedBase, module_sha256
 
 _DECODE_THREADS = 2
 _PIXELS_AHEAD = 16 * 512 * 512
@@ -54,11 +55,11 @@ class EncodingReport:
         return text + (f"; {self.reused} were in the cache" if self.reused else "")
 
 
-def picture_store(base: LoadedBase, folder: Path) -> TensorStore:
+def picture_store(base: LoadedBase, cache: Path) -> TensorStore:
     """Return the store of pictures encoded by this base's VAE in its precision."""
     config = base.vae.config
     parts = (_ENCODER_VERSION, module_sha256(base.vae), base.vae.dtype, config.scaling_factor, config.shift_factor)
-    return TensorStore(folder / "pictures" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16])
+    return TensorStore(store_folder(cache, "pictures", parts))
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _cut(example: CachedExample, source: Path | io.BytesIO, variants: Sequence[V
     sample = example.sample
     settings = sample.concept.settings
     file = _unchanged(source, example.identity, sample.path)
-    at_least = _scaled_size(variants[0].cut)
+    at_least = scaled_size(variants[0].cut)
     picture, opacity = read_picture_and_opacity(file, sample.path, background=settings.background, at_least=at_least)
     mask = opacity if settings.masks.source == "alpha" else None
     if sample.mask is not None:
@@ -182,13 +183,6 @@ def _unchanged(source: Path | io.BytesIO, sha256: str, name: Path) -> io.BytesIO
 
 def _pixels(variants: Sequence[Variant]) -> int:
     return sum(variant.cut.target[0] * variant.cut.target[1] for variant in variants)
-
-
-def _scaled_size(size: PictureSize) -> tuple[int, int]:
-    """Return the width and height of the whole picture once it covers its bucket."""
-    (height, width), (down, across) = size.original, size.target
-    scale = max(across / width, down / height)
-    return math.ceil(width * scale), math.ceil(height * scale)
 
 
 def _encode_group(base: LoadedBase, group: Sequence[_Cut], writer: ShardWriter, problems: list[str]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from sdlora.data.examples import Progress
+from sdlora.data import Progress
+from sdlora.data.cache_folder import store_folder
 from sdlora.data.store import ALONE, TensorStore, Together
 from sdlora.families.base import Conditioning, LoadedBase, module_sha256
 
@@ -45,11 +46,10 @@ class CaptionRows(Mapping[str | None, Conditioning]):
         return len(self._names) + 1
 
 
-def caption_store(base: LoadedBase, folder: Path) -> TensorStore:
+def caption_store(base: LoadedBase, cache: Path) -> TensorStore:
     """Return the store of texts encoded by this base's text encoders in their precision."""
     encoders = [(name, module_sha256(module), module.dtype) for name, module in base.text_encoders.items()]
-    digest = hashlib.sha256(repr((_ENCODER_VERSION, base.family.name, encoders)).encode())
-    return TensorStore(folder / "captions" / digest.hexdigest()[:16])
+    return TensorStore(store_folder(cache, "captions", (_ENCODER_VERSION, base.family.name, encoders)))
 
 
 def encode_captions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,7 +131,3 @@ def _name(sample: Sample, facts: PictureFacts, mask: str, cut: PictureSize, flip
     opacity = settings.masks.source == "alpha"
     parts = (facts.sha256, mask, opacity, settings.background, cut, flipped)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-Progress = Callable[[int, int], None]
-"""Called with how many are done, of how many."""

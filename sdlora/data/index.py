@@ -7,7 +7,7 @@ import hashlib
 import io
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,11 +183,6 @@ def _open_database(file: Path) -> sqlite3.Connection:
     return database
 
 
-@contextlib.contextmanager
-def open_index(file: Path) -> Iterator[FileIndex]:
-    """Yield the index; it is closed when the block ends."""
-    index = FileIndex(file)
-    try:
-        yield index
-    finally:
-        index.close()
+def open_index(file: Path) -> contextlib.closing[FileIndex]:
+    """Return the index for a with block, at whose end it is closed."""
+    return contextlib.closing(FileIndex(file))

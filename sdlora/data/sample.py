@@ -54,11 +54,6 @@ class Sample:
         return self.concept.prior
 
     @property
-    def masked(self) -> bool:
-        """Whether only a part of it is learnt; of one masked by its own opacity, whether it may be so."""
-        return self.mask is not None or self.concept.settings.masks.source == "alpha"
-
-    @property
     def caption(self) -> str:
         """The caption with nothing left to chance."""
         settings = self.concept.settings

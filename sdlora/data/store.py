@@ -11,18 +11,17 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
-from sdlora.config import DataSection
 from sdlora.errors import DataError, FormatError, OutputError
-from sdlora.storage import cache_folder, check_writable, read_header, serialize_tensors, sha256_of_file, write_bytes
+from sdlora.storage import check_writable, read_header, serialize_tensors, sha256_of_file, write_bytes
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHARD_BYTES = 16 << 20
@@ -31,21 +30,10 @@ _SHARD_TENSORS = 1024
 _SECONDS_UNTIL_WRITTEN = 30.0
 _NAME_LENGTH = 32
 _SECONDS_BETWEEN_TOUCHES = 600.0
-_SECONDS_IN_USE = 3 * _SECONDS_BETWEEN_TOUCHES
-_SECONDS_ABANDONED = 3600.0
-_HALF_WRITTEN = ".writing-"
-"""How names of files begin that storage.atomic_path has not finished."""
-STORES = ("pictures", "captions")
-"""The folders of a cache, in which each encoder has a store."""
-_STORE_NAME = re.compile(r"[0-9a-f]{16}")
+SECONDS_IN_USE = 3 * _SECONDS_BETWEEN_TOUCHES
+"""A shard whose time of change is no older may be in use by some process."""
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}")
-_CLASS_PICTURES = "class-pictures"
 _CHECKING_THREADS = 4
-
-
-def data_cache(section: DataSection) -> Path:
-    """Return the folder of encoded pictures and captions."""
-    return Path(section.cache.folder).expanduser() if section.cache.folder else cache_folder() / "data"
 
 
 Item = TypeVar("Item")
@@ -106,7 +94,7 @@ class TensorStore:
         wanted = set(names) - self._places.keys()
         if wanted:
             known = set(self._shards)
-            candidates = [path for path in sorted(_shards_in(self.folder)) if path not in known]
+            candidates = [path for path in sorted(shards_in(self.folder)) if path not in known]
             with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
                 for path, places in zip(
                     candidates, pool.map(lambda p: self._inspect(p, wanted), candidates), strict=True
@@ -233,103 +221,6 @@ class ShardWriter:
         self._written = time.monotonic()
 
 
-@dataclass(frozen=True)
-class CacheSize:
-    """How many files of a cache, and their bytes."""
-
-    files: int
-    bytes: int
-
-
-def measure_cache(cache: Path) -> CacheSize:
-    """Return how much encoded pictures, captions and class pictures take."""
-    return _total([*_shards(cache), *_entries(_class_pictures(cache))])
-
-
-def trim_cache(cache: Path, limit_bytes: int, keep: Collection[Path] = ()) -> CacheSize:
-    """Return what was removed so that encoded pictures and captions take at most `limit_bytes`.
-
-    Those used least recently go first; those in `keep`, and those that any process used in the last half
-    hour, stay whatever the limit.
-    """
-    kept = set(keep)
-    entries = sorted(_shards(cache))
-    excess = sum(entry.size for entry in entries) - limit_bytes
-    removed = []
-    for entry in entries:
-        if excess <= 0:
-            break
-        if entry.path not in kept and not entry.in_use:
-            excess -= entry.size
-            removed.append(entry)
-    return _remove(removed)
-
-
-def clear_cache(cache: Path, *, force: bool = False) -> CacheSize:
-    """Return what was removed: encoded pictures and captions, class pictures, and what killed processes left.
-
-    What a run used in the last half hour stays, unless `force` is set. Nothing else in the folder is touched.
-    """
-    half_written = _entries(path for store in _stores(cache) for path in store.glob(f"{_HALF_WRITTEN}*"))
-    abandoned = [entry for entry in half_written if time.time() - entry.used > _SECONDS_ABANDONED]
-    idle = [entry for entry in [*_shards(cache), *_entries(_class_pictures(cache))] if force or not entry.in_use]
-    return _remove([*idle, *abandoned])
-
-
-class _Entry(NamedTuple):
-    used: float
-    size: int
-    path: Path
-
-    @property
-    def in_use(self) -> bool:
-        """Whether a process may still read it."""
-        return time.time() - self.used < _SECONDS_IN_USE
-
-
-def _shards(cache: Path) -> list[_Entry]:
-    return _entries(path for store in _stores(cache) for path in _shards_in(store))
-
-
-def _entries(paths: Iterable[Path]) -> list[_Entry]:
-    """Return the files that are still there."""
-    entries = []
-    for path in paths:
-        with contextlib.suppress(OSError):
-            state = path.stat()
-            entries.append(_Entry(state.st_mtime, state.st_size, path))
-    return entries
-
-
-def _remove(entries: Iterable[_Entry]) -> CacheSize:
-    """Return which of the files could be removed."""
-    removed = []
-    for entry in entries:
-        with contextlib.suppress(OSError):
-            entry.path.unlink()
-            removed.append(entry)
-    return _total(removed)
-
-
-def _total(entries: Sequence[_Entry]) -> CacheSize:
-    return CacheSize(len(entries), sum(entry.size for entry in entries))
-
-
-def class_pictures_folder(cache: Path, name: str) -> Path:
-    """Return the folder of the pictures that a base made of one class prompt."""
-    return cache / _CLASS_PICTURES / name
-
-
-def _class_pictures(folder: Path) -> Iterator[Path]:
-    return (path for path in (folder / _CLASS_PICTURES).glob("*/*.png") if re.fullmatch(r"\d+", path.stem))
-
-
-def _shards_in(store: Path) -> Iterator[Path]:
+def shards_in(store: Path) -> Iterator[Path]:
     """Yield the shards of one store, without what is being written right now or is somebody else's."""
     return (path for path in store.glob("*.safetensors") if _SHARD_NAME.fullmatch(path.stem))
-
-
-def _stores(cache: Path) -> Iterator[Path]:
-    """Yield the folders of a cache that stores are in."""
-    for kind in STORES:
-        yield from (path for path in (cache / kind).glob("*") if _STORE_NAME.fullmatch(path.name) and path.is_dir())

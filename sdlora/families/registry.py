@@ -248,6 +248,7 @@ def default_device() -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the number format that `precision` names; of "auto" the one that the device does best."""
     if precision != "auto":
         return _DTYPES[precision]
     if device.type == "cuda":

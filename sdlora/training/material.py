@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdlora.adapters.metadata import ConceptFacts
-from sdlora.config import PriorSection, TrainConfig
+from sdlora.config import ConceptSection, PriorSection, TrainConfig
 from sdlora.data.batches import BatchOrder, Draw, Placed
 from sdlora.data.buckets import describe_buckets
 from sdlora.data.cache import EncodingReport, encode_pictures, picture_store
+from sdlora.data.cache_folder import class_pictures_folder, data_cache, index_file, trim_cache
 from sdlora.data.captions import caption_at, caption_variants
 from sdlora.data.embeddings import caption_store, encode_captions
 from sdlora.data.examples import CachedExample, plan_examples
 from sdlora.data.index import FileIndex, PictureFacts, content_hash, learn_facts, open_index
 from sdlora.data.sample import Concept, Sample
 from sdlora.data.source import fill_trigger, fingerprint, held_out_section, open_dataset, prior_concept, raise_problems
-from sdlora.data.store import TensorStore, Together, class_pictures_folder, data_cache, trim_cache
+from sdlora.data.store import TensorStore, Together
 from sdlora.diffusion import seed_from
 from sdlora.errors import ConfigError, DataError
 from sdlora.families.base import LoadedBase
@@ -73,7 +74,7 @@ def open_data(config: TrainConfig) -> OpenedData:
     if config.validation.folder:
         opened = open_dataset(held_out_section(config.data, config.validation.folder), strict=False)
         validation, problems = opened.samples, [*problems, *opened.problems]
-    with open_index(data_cache(config.data) / "files.sqlite3") as index:
+    with open_index(index_file(data_cache(config.data))) as index:
         training = _found(dataset.samples, index, problems)
         split_off = _found(dataset.held_out, index, problems)
         apart = _found(validation, index, problems)
@@ -118,8 +119,8 @@ class Material:
     """A hash of the data; a resumed run must have the same."""
     report: EncodingReport = field(default_factory=EncodingReport)
     texts: EncodedTexts = field(default_factory=dict)
-    variants: dict[Concept, int | None] = field(default_factory=dict)
-    """Of how many texts of a caption one is drawn; None: of all there can be."""
+    epochs: int | None = None
+    """For how many epochs texts are encoded beforehand; None: each is drawn afresh and encoded when it is needed."""
 
     def __post_init__(self) -> None:
         training, data = self.config.training, self.config.data
@@ -156,9 +157,13 @@ class Material:
             name=example.identity,
             epoch=draw.epoch,
             occurrence=draw.occurrence,
-            variants=self.variants.get(example.sample.concept),
+            variants=self._variants(settings),
         )
         return Turn(example, text)
+
+    def _variants(self, settings: ConceptSection) -> int | None:
+        """Return of how many texts of a caption one is drawn; None: of all there can be."""
+        return None if self.epochs is None else min(settings.captions.variants, self.epochs * settings.repeats)
 
     def concept_facts(self) -> list[ConceptFacts]:
         """Return what the adapter's header says of each concept."""
@@ -174,27 +179,17 @@ class Material:
         """Return whether pictures of any concept keep their aspect ratio."""
         return any(example.sample.concept.settings.buckets.enabled for example in self.examples)
 
-    def texts_needed(self, batches: int) -> set[str]:
-        """Return every text that a run of so many batches may need; settles how many variants there are."""
-        epochs = self.order.epoch_of(max(0, batches - 1)) + 1
-        needed: set[str] = set()
+    def texts_needed(self) -> set[str]:
+        """Return every text that may be needed in `epochs`."""
+        needed = {example.sample.caption for example in (*self.examples, *self.validation)}
         for example in self.examples:
             sample, settings = example.sample, example.sample.concept.settings
-            count = min(settings.captions.variants, epochs * settings.repeats)
-            self.variants[sample.concept] = count
-            needed.update(
-                caption_variants(
-                    sample.lines,
-                    settings.captions,
-                    settings.trigger,
-                    self.config.training.seed,
-                    example.identity,
-                    count,
-                )
-            )
+            rules, seed = settings.captions, self.config.training.seed
+            count = self._variants(settings) or rules.variants
+            needed.update(caption_variants(sample.lines, rules, settings.trigger, seed, example.identity, count))
             if self.config.data.prior.source == "training" and not sample.prior:
                 needed.add(settings.class_prompt)
-        return needed | {example.sample.caption for example in (*self.examples, *self.validation)}
+        return needed
 
 
 def prepare_material(
@@ -236,7 +231,8 @@ def _encode_texts(
 ) -> TensorStore:
     store = caption_store(base, cache)
     batches = config.training.steps * config.training.accumulate_batches * together.processes
-    texts = sorted(material.texts_needed(batches))
+    material.epochs = material.order.epoch_of(max(0, batches - 1)) + 1
+    texts = sorted(material.texts_needed())
     excess = base.family.excess_tokens(base, texts)
     if cut := [(over, text) for over, text in zip(excess, texts, strict=True) if over > 0]:
         over, text = max(cut)
@@ -279,7 +275,7 @@ def _generated(
         concept = Concept(prompt, prior_concept(config.data, str(folder)), prior=True)
         samples += [Sample(path, (prompt,), concept) for path in paths.values()]
     problems: list[str] = []
-    with open_index(cache / "files.sqlite3") as index:
+    with open_index(index_file(cache)) as index:
         found = _found(samples, index, problems)
     raise_problems(problems)
     return found

@@ -7,7 +7,7 @@ import buckets
 import machine
 import pytest
 
-from sdlora.data.buckets import choose_bucket
+from sdlora.data.buckets import choose_buckets
 
 
 def test_kohya_measures_aspects_on_a_linear_scale():
@@ -18,7 +18,7 @@ def test_kohya_measures_aspects_on_a_linear_scale():
     assert buckets.kohya_bucket((3500, 1000), listed) == (896, 256)
     # 0.525 lies 0.0705 from 320x704 and 0.075 from 384x640, whose ratio of aspects is the smaller
     assert buckets.kohya_bucket((525, 1000), listed) == (320, 704)
-    assert choose_bucket(525, 1000, listed) == (384, 640)
+    assert choose_buckets([(525, 1000)], listed)[0] == (384, 640)
 
 
 def test_kohya_keeps_a_picture_that_has_the_size_of_a_bucket():

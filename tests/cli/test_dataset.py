@@ -8,7 +8,8 @@ import torch
 
 from sdlora.cli.main import main
 from sdlora.config import DataSection
-from sdlora.data.store import TensorStore, data_cache
+from sdlora.data.cache_folder import data_cache
+from sdlora.data.store import TensorStore
 
 
 @pytest.fixture

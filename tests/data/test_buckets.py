@@ -12,7 +12,7 @@ from sdlora.config import BucketsSection
 from sdlora.data.buckets import (
     assign_buckets,
     bucket_step,
-    choose_bucket,
+    choose_buckets,
     classic_buckets,
     crop_of,
     cropped_share,
@@ -103,16 +103,16 @@ def test_limits_without_room_for_the_square_are_refused(limits):
     ],
 )
 def test_the_nearest_bucket(size, bucket):
-    chosen = choose_bucket(*size, classic_buckets(512))
+    chosen = choose_buckets([size], classic_buckets(512))[0]
     distances = {b: abs(np.log(b[0] / b[1]) - np.log(size[0] / size[1])) for b in classic_buckets(512)}
     assert distances[chosen] == min(distances.values())
     assert chosen == bucket
 
 
 def test_of_buckets_that_keep_as_much_the_larger_is_chosen_then_the_narrower():
-    assert choose_bucket(300, 200, [(384, 256), (576, 384), (96, 64)]) == (576, 384)
+    assert choose_buckets([(300, 200)], [(384, 256), (576, 384), (96, 64)])[0] == (576, 384)
     for buckets in ([(640, 320), (320, 640)], [(320, 640), (640, 320)]):
-        assert choose_bucket(7, 7, buckets) == (320, 640)
+        assert choose_buckets([(7, 7)], buckets)[0] == (320, 640)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_order_of_pictures_does_not_matter(pictures, limits, random):
 
 
 def mean_crop(pictures, buckets) -> float:
-    return sum(cropped_share(*size, choose_bucket(*size, buckets)) for size in pictures) / len(pictures)
+    return sum(cropped_share(*size, choose_buckets([size], buckets)[0]) for size in pictures) / len(pictures)
 
 
 @properties
@@ -190,7 +190,7 @@ def mean_crop(pictures, buckets) -> float:
 def test_fitted_buckets_crop_no_more_than_the_classic_ones(pictures, limits):
     # but for what is given for fewer shapes and for area: 2% of a picture a shape, 5% of the missing area
     classic = classic_buckets(*limits)
-    used = {choose_bucket(*size, classic) for size in pictures}
+    used = {choose_buckets([size], classic)[0] for size in pictures}
     hair = 0.02 * len(used) / len(pictures) + 0.05 * 0.3
     fitted = fitted_buckets(pictures, *limits)
     assert mean_crop(pictures, fitted) <= mean_crop(pictures, classic) + hair + 1e-9
@@ -232,7 +232,7 @@ def test_every_picture_gets_the_best_bucket(pictures, limits, shapes):
     for size, bucket in zip(pictures, chosen, strict=True):
         least = min(cropped_share(*size, other) for other in buckets)
         assert cropped_share(*size, bucket) == least
-        assert bucket == choose_bucket(*size, buckets)
+        assert bucket == choose_buckets([size], buckets)[0]
         equal = [other for other in buckets if cropped_share(*size, other) == least]
         assert bucket[0] * bucket[1] == max(w * h for w, h in equal)
 

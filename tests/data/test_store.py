@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sdlora.data import store as store_module
-from sdlora.data.store import CacheSize, TensorStore, Together, clear_cache, measure_cache, trim_cache
+from sdlora.data.cache_folder import CacheSize, clear_cache, measure_cache, trim_cache
+from sdlora.data.store import TensorStore, Together
 from sdlora.errors import DataError, OutputError
 
 STORE = "0123456789abcdef"

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from sdlora.cli.train import make_class_pictures
-from sdlora.data.store import Together, data_cache
+from sdlora.data.cache_folder import data_cache
+from sdlora.data.store import Together
 from sdlora.errors import ConfigError, DataError
 from sdlora.generation.pictures import read_recipe
 from sdlora.training.material import Material, open_data, prepare_material

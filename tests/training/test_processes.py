@@ -13,7 +13,7 @@ from encoded import encode, encode_texts, picture_files
 
 from sdlora.adapters.inject import new_adapter
 from sdlora.config import write_config
-from sdlora.data.store import data_cache
+from sdlora.data.cache_folder import data_cache
 from sdlora.diffusion import seed_from
 from sdlora.training.events import read_events
 from sdlora.training.material import Material

@@ -16,7 +16,7 @@ import torch
 
 from sdlora import load_config, parse_config, read_adapter, train
 from sdlora.assets import EXAMPLE_CONCEPT
-from sdlora.data.store import clear_cache, data_cache
+from sdlora.data.cache_folder import clear_cache, data_cache
 from sdlora.errors import ConfigError, DataError, OutputError, TrainingError
 from sdlora.families.base import LoadedBase
 from sdlora.storage import read_header, read_tensors, sha256_of_tensor_data

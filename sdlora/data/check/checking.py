@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sdlora.config import TrainConfig
+from sdlora.data import Progress
+from sdlora.data.cache_folder import data_cache, index_file
 from sdlora.data.captions import caption_variants
 from sdlora.data.check.duplicates import groups_of_copies
 from sdlora.data.check.epoch import Batches, ConceptShare, Shape, list_shapes, plan_batches, share_out
@@ -24,7 +26,7 @@ from sdlora.data.check.findings import (
     Finding,
     Kind,
 )
-from sdlora.data.check.looking import Look, Progress, look_at
+from sdlora.data.check.looking import Look, look_at
 from sdlora.data.check.picture import Part, Picture
 from sdlora.data.check.pixels import check_files, check_masks, check_shapes
 from sdlora.data.check.texts import check_texts, count_tags
@@ -33,7 +35,6 @@ from sdlora.data.index import PictureFacts, open_index
 from sdlora.data.pictures import check_colour
 from sdlora.data.sample import Sample
 from sdlora.data.source import held_out_section, open_dataset
-from sdlora.data.store import data_cache
 from sdlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def check_data(
     samples = [*opened.training, *opened.held_out]
     for colour in {sample.concept.settings.background for sample in samples}:
         check_colour(colour)
-    with open_index(data_cache(config.data) / "files.sqlite3") as index:
+    with open_index(index_file(data_cache(config.data))) as index:
         looks = look_at(samples, index, headers_only=headers_only, on_progress=on_progress)
     resolution = (base.resolution if base else None) or ASSUMED_RESOLUTION
     own = len(opened.training)

@@ -6,13 +6,14 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
+from sdlora.data import Progress
 from sdlora.data.check.duplicates import SIDE, grey_thumbnail
 from sdlora.data.index import FileIndex, PictureFacts, content_hash, state_of
 from sdlora.data.pictures import Header, read_header, read_mask, read_picture_and_opacity
@@ -21,9 +22,6 @@ from sdlora.errors import DataError
 
 _THREADS = min(8, os.cpu_count() or 1)
 _AT_ONCE = 4 * _THREADS
-
-Progress = Callable[[int, int], None]
-"""Called with how many are done, of how many."""
 
 
 @dataclass(frozen=True, slots=True)

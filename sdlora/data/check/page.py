@@ -13,10 +13,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from sdlora.data import Progress
 from sdlora.data.check.checking import Report
 from sdlora.data.check.drawing import draw_all
 from sdlora.data.check.findings import KINDS, Finding
-from sdlora.data.check.looking import Progress
 from sdlora.data.check.page_look import SCRIPT, STYLE
 from sdlora.data.check.picture import Picture
 from sdlora.data.check.report import cropped_sentence, head_lines, tag_lines, verdict

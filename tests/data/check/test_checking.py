@@ -16,11 +16,11 @@ from PIL import Image, ImageCms, ImageOps
 
 from sdlora.config import BaseSection, ConceptSection, DataSection
 from sdlora.data import index as index_module
+from sdlora.data.cache_folder import data_cache, index_file
 from sdlora.data.check import KINDS
 from sdlora.data.check.looking import look_at
 from sdlora.data.index import FileIndex, open_index, state_of
 from sdlora.data.sample import Concept, Sample
-from sdlora.data.store import data_cache
 from sdlora.errors import ConfigError, DataError
 
 
@@ -389,7 +389,7 @@ def test_what_is_learnt_of_files_is_in_the_index(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(index_module, "_JUST_CHANGED_NS", 0)  # what has just changed is not remembered
     path = save(tmp_path, "a.png", photo(1, (90, 70)))
     report = check(tmp_path)
-    with open_index(data_cache(DataSection()) / "files.sqlite3") as index:
+    with open_index(index_file(data_cache(DataSection()))) as index:
         facts = index.look_up(state_of(report.pictures[0].sample))
     assert facts is not None and facts.size == (90, 70)
     assert facts.sha256 == report.pictures[0].look.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
