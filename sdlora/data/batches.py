@@ -76,6 +76,11 @@ class _Epoch:
     """Draws of each batch if it were full."""
 
 
+def prior_draws(ratio: float, draws: int) -> Fraction:
+    """Return how many prior draws an epoch with `draws` others has on average; the first has the whole part of it."""
+    return draws * max(Fraction(ratio).limit_denominator(_FINEST_RATIO), Fraction(1, _FINEST_RATIO))
+
+
 class BatchOrder:
     """A fixed, endless sequence of batches, reachable by number.
 
@@ -106,8 +111,7 @@ class BatchOrder:
         if all(example.prior for example in placed):
             raise DataError("there is no picture to train on beside those of data.prior; set data.folder to some")
         draws = sum(example.repeats for example in placed if not example.prior)
-        ratio = max(Fraction(prior_ratio).limit_denominator(_FINEST_RATIO), Fraction(1, _FINEST_RATIO))
-        self._turns_per_epoch = ratio * draws if taking_turns else Fraction(0)
+        self._turns_per_epoch = prior_draws(prior_ratio, draws) if taking_turns else Fraction(0)
         mixed = torch.randperm(len(taking_turns), generator=self._generator("prior")).numpy()
         self._turns = np.array(taking_turns, dtype=np.int64)[mixed]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sdlora.config import BucketsSection
+from sdlora.config import BucketsSection, TrainConfig
+from sdlora.data.batches import BatchOrder, Placed
 from sdlora.data.buckets import Bucket, assign_buckets, crop_of, mirrored
 from sdlora.data.index import PictureFacts
 from sdlora.data.sample import Sample
@@ -123,6 +124,20 @@ def place_in_buckets(samples: Sequence[Sample], facts: Sequence[PictureFacts], r
         chosen = assign_buckets([facts[index].size for index in members], section, side)
         buckets |= dict(zip(members, chosen, strict=True))
     return [buckets[index] for index in range(len(samples))]
+
+
+def order_samples(samples: Sequence[Sample], buckets: Sequence[Bucket], config: TrainConfig) -> BatchOrder:
+    """Return the order in which samples in these buckets are trained on. Raises DataError when there is no batch."""
+    concepts = {concept: number for number, concept in enumerate(dict.fromkeys(sample.concept for sample in samples))}
+    placed = []
+    for sample, bucket in zip(samples, buckets, strict=True):
+        settings = sample.concept.settings
+        batch_size = settings.batch_size or config.training.batch_size
+        placed.append(Placed(bucket, batch_size, settings.repeats, concepts[sample.concept], sample.prior))
+    data = config.data
+    return BatchOrder(
+        placed, config.training.seed, prior_ratio=data.prior.ratio, short_batches=data.buckets.short_batches
+    )
 
 
 def _name(sample: Sample, facts: PictureFacts, mask: str, cut: PictureSize, flipped: bool) -> str:

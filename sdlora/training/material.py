@@ -10,13 +10,13 @@ from pathlib import Path
 
 from sdlora.adapters.metadata import ConceptFacts
 from sdlora.config import ConceptSection, PriorSection, TrainConfig
-from sdlora.data.batches import BatchOrder, Draw, Placed
+from sdlora.data.batches import Draw
 from sdlora.data.buckets import describe_buckets
 from sdlora.data.cache import EncodingReport, encode_pictures, picture_store
 from sdlora.data.cache_folder import class_pictures_folder, data_cache, index_file, trim_cache
 from sdlora.data.captions import caption_at, caption_variants
 from sdlora.data.embeddings import caption_store, encode_captions
-from sdlora.data.examples import CachedExample, plan_examples
+from sdlora.data.examples import CachedExample, order_samples, plan_examples
 from sdlora.data.index import FileIndex, PictureFacts, content_hash, learn_facts, open_index
 from sdlora.data.sample import Concept, Sample
 from sdlora.data.source import fill_trigger, fingerprint, held_out_section, open_dataset, prior_concept, raise_problems
@@ -123,23 +123,8 @@ class Material:
     """For how many epochs texts are encoded beforehand; None: each is drawn afresh and encoded when it is needed."""
 
     def __post_init__(self) -> None:
-        training, data = self.config.training, self.config.data
-        concepts = {
-            concept: number for number, concept in enumerate(dict.fromkeys(e.sample.concept for e in self.examples))
-        }
-        placed = [
-            Placed(
-                example.bucket,
-                example.sample.concept.settings.batch_size or training.batch_size,
-                example.sample.concept.settings.repeats,
-                concepts[example.sample.concept],
-                example.sample.prior,
-            )
-            for example in self.examples
-        ]
-        self.order = BatchOrder(
-            placed, training.seed, prior_ratio=data.prior.ratio, short_batches=data.buckets.short_batches
-        )
+        samples = [example.sample for example in self.examples]
+        self.order = order_samples(samples, [example.bucket for example in self.examples], self.config)
 
     def batch(self, number: int) -> tuple[list[Turn], int]:
         """Return the turns of batch `number`, and how many a full batch has."""

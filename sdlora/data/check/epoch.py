@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.config import TrainConfig
-from sdlora.data.batches import BatchOrder, Placed
+from sdlora.data.batches import prior_draws
 from sdlora.data.buckets import Bucket
 from sdlora.data.check.picture import Picture
+from sdlora.data.examples import order_samples
 from sdlora.data.sample import Concept
 
 
@@ -57,16 +58,8 @@ class Batches:
 
 def plan_batches(training: Sequence[Picture], config: TrainConfig) -> Batches:
     """Return what the first epoch comes to. Raises DataError where a run would not have a batch."""
-    concepts = {concept: number for number, concept in enumerate(dict.fromkeys(p.sample.concept for p in training))}
-    placed = []
-    for picture in training:
-        settings = picture.sample.concept.settings
-        assert picture.bucket is not None
-        size = settings.batch_size or config.training.batch_size
-        number = concepts[picture.sample.concept]
-        placed.append(Placed(picture.bucket, size, settings.repeats, number, picture.part == "prior"))
-    rules = config.data.buckets.short_batches
-    order = BatchOrder(placed, config.training.seed, prior_ratio=config.data.prior.ratio, short_batches=rules)
+    buckets = [picture.bucket for picture in training if picture.bucket]
+    order = order_samples([picture.sample for picture in training], buckets, config)
     batches = [order.batch(number) for number in range(order.first_batch(1))]
     drawn = sum(len(batch.draws) for batch in batches)
     wanted = sum(_draws(training, config).values())
@@ -87,7 +80,7 @@ def _draws(training: Sequence[Picture], config: TrainConfig) -> Counter[Concept]
     prior = Counter(picture.sample.concept for picture in training if picture.part == "prior")
     if config.data.prior.ratio and prior:
         own = sum(number for concept, number in draws.items() if concept not in prior)
-        turns = round(config.data.prior.ratio * own)
+        turns = int(prior_draws(config.data.prior.ratio, own))
         for concept, number in prior.items():
             draws[concept] = round(turns * number / prior.total())
     return draws

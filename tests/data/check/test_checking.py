@@ -439,3 +439,13 @@ def test_copies_of_what_is_held_out_are_no_leak(tmp_path: Path) -> None:
     assert report.ok
     assert {picture.part for picture in report.pictures} == {"training", "validation"}
     assert len(report.pictures) < 8
+
+
+def test_a_ratio_that_gives_no_whole_number_leaves_nothing_out(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / "own", f"{number}.png", photo(number, (90, 70)))
+        save(tmp_path / "others", f"{number}.png", photo(10 + number, (90, 70)))
+    for ratio in (0.5, 0.333):  # 1.5 and, as a hundredth at most, 1 in the first epoch
+        report = check(tmp_path / "own", prior={"folder": str(tmp_path / "others"), "ratio": ratio})
+        assert report.batches is not None
+        assert (report.batches.count, report.batches.left_out, report.batches.drawn_again) == (4, 0, 0)
