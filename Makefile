@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 BASE ?= tiny
+JOBS ?= 2
 
-.PHONY: demo app families test test-slow lint types bench format clean
+.PHONY: demo app families test test-slow lint types bench ablation format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --out "$(OUT)"
@@ -17,8 +18,9 @@ app: $(VENV)/.installed
 families: $(VENV)/.installed
 	$(BIN)/python benchmarks/families.py --out runs/families
 
+# A file of tests stays within one process, so that what its tests share is made once.
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m "slow or gpu"
@@ -38,6 +40,12 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/base_memory.py --out benchmarks/results
 	$(BIN)/python benchmarks/data.py --out benchmarks/results
 	$(BIN)/python benchmarks/buckets.py --out benchmarks/results
+
+# Hours, on two cores; what was run already is kept in runs/ablation.
+ablation: $(VENV)/.installed
+	$(BIN)/python benchmarks/ablation.py run
+	$(BIN)/python benchmarks/ablation.py report
+	$(BIN)/python benchmarks/ablation.py time-to-concept
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -9,6 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdlora.adapters.formats.embedding_keys import (
+    BUNDLE,
+    EMBEDDINGS,
+    WORDS,
+    file_name,
+    is_embedding,
+    named_words,
+    word_of,
+)
 from sdlora.errors import FormatError
 from sdlora.storage import SafetensorsHeader, read_header
 
@@ -18,13 +27,18 @@ _TRIGGER_LENGTH_LIMIT = 200
 
 @dataclass(frozen=True)
 class LibraryEntry:
-    """One file of the library. `problem` says why it cannot be used; it is empty for an adapter."""
+    """One file of the library: an adapter, or an embedding, whose trigger is its word.
+
+    `problem` says why it cannot be used; it is empty for one that can.
+    """
 
     id: str
     name: str
     path: Path
     trigger: str = ""
     problem: str = ""
+    words: frozenset[str] = frozenset()
+    """New words that an adapter has as embeddings beside it."""
 
 
 class Library:
@@ -63,7 +77,8 @@ class Library:
             key = (path, state.st_mtime_ns, state.st_size)
             seen[key] = self._seen.get(key) or self._read(path)
         self._seen = seen
-        return sorted(seen.values(), key=lambda entry: entry.name.lower())
+        listed = _without_parts(list(seen.values()))
+        return sorted(listed, key=lambda entry: entry.name.lower())
 
     def _read(self, path: Path) -> LibraryEntry:
         relative = path.relative_to(self.folder)
@@ -71,9 +86,14 @@ class Library:
         name = relative.with_suffix("").as_posix().encode("utf-8", "replace").decode()
         try:
             header = read_header(path)
+            words = frozenset(named_words(header.metadata))
         except FormatError as error:
             return LibraryEntry(id, name, path, problem=str(error).removeprefix(f"{path}: "))
-        return LibraryEntry(id, name, path, trigger_of(header.metadata), _problem(header))
+        shapes = {key: entry.shape for key, entry in header.tensors.items()}
+        if is_embedding(shapes):
+            word = word_of(shapes, header.metadata, path.stem)
+            return LibraryEntry(id, f"{name} (embedding)", path, word[:_TRIGGER_LENGTH_LIMIT])
+        return LibraryEntry(id, name, path, trigger_of(header.metadata), _problem(header), words)
 
 
 def trigger_of(metadata: dict[str, str]) -> str:
@@ -92,12 +112,18 @@ def _most_frequent_tag(text: str) -> str:
     return max(counts, key=counts.__getitem__, default="").strip()
 
 
+def _without_parts(entries: list[LibraryEntry]) -> list[LibraryEntry]:
+    """Return the entries without the embeddings that come with an adapter, which brings them itself."""
+    brought = {entry.path.parent / EMBEDDINGS / file_name(word) for entry in entries for word in entry.words}
+    return [entry for entry in entries if entry.path not in brought]
+
+
 def _problem(header: SafetensorsHeader) -> str:
     keys = header.tensors
     if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in keys):
         return "is a whole checkpoint, not an adapter; give it as --base"
-    if not any("lora" in key for key in keys):
-        return f"holds no LoRA layers ({len(keys)} tensors)"
+    if not any("lora" in key or key.startswith(BUNDLE) for key in keys) and WORDS not in header.metadata:
+        return f"holds no adapter ({len(keys)} tensors)"
     return ""
 
 

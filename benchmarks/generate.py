@@ -134,16 +134,18 @@ def _random_adapter(base: Any, file: Path, seed: int) -> Path:
     import torch
 
     from sdlora import AdapterFile, LoraLayer, write_adapter
-    from sdlora.adapters.inject import extract_adapter, new_adapter, remove_adapter
+    from sdlora.adapters.inject import remove_adapter
+    from sdlora.adapters.trainable import new_adapter
     from sdlora.config import AdapterSection
 
-    new_adapter(base, "made", AdapterSection(rank=_RANK, alpha=float(_RANK), targets=("attention",)), seed)
-    fresh = extract_adapter(base, "made")
+    section = AdapterSection(rank=_RANK, alpha=float(_RANK), targets=("attention",))
+    fresh = new_adapter(base, "made", section, seed).layers()
     remove_adapter(base, "made")
     generator = torch.Generator().manual_seed(seed)
     layers = {
         path: LoraLayer(layer.down, 0.01 * torch.randn(layer.up.shape, generator=generator), layer.alpha)
         for path, layer in fresh.items()
+        if isinstance(layer, LoraLayer)
     }
     write_adapter(AdapterFile(layers, base.family.name, {}), file)
     return file

@@ -177,7 +177,7 @@ def count_operations(base: str, pixels: int, rank: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     from sdlora import LoadedBase, detect_family
-    from sdlora.adapters.inject import new_adapter
+    from sdlora.adapters.trainable import new_adapter
     from sdlora.config import AdapterSection
 
     meta = torch.device("meta")

@@ -1,4 +1,5 @@
 import math
+import re
 import tomllib
 
 import pytest
@@ -8,6 +9,7 @@ from sdlora.config import (
     TARGET_PRESETS,
     TrainConfig,
     field_descriptions,
+    is_table,
     load_config,
     parse_config,
     put_setting,
@@ -39,7 +41,15 @@ def problem_of(values: dict) -> str:
         ({"steps": 4}, "unknown key steps; did you mean training.steps?"),
         ({"seed": 4}, "unknown key seed; did you mean training.seed?"),
         ({"optimiser": {}}, "unknown key optimiser; did you mean optimizer?"),
-        ({"zzzz": 1}, "unknown key zzzz; known are base, data, adapter"),
+        ({"zzzz": 1}, "unknown key zzzz; known are preset, base, data, adapter, "),
+        ({"presets": "style"}, "unknown key presets; did you mean preset?"),
+        (
+            {"training": {"min_snr_gamma": 5}},
+            "unknown key training.min_snr_gamma; did you mean objective.min_snr_gamma?",
+        ),
+        ({"adapter": {"rankz": {"attn2": 4}}}, "unknown key adapter.rankz; did you mean adapter.rank?"),
+        ({"ranks": {"attn2": 4}}, "unknown key ranks; did you mean adapter.ranks?"),
+        ({"optimizer": {"learning_ratess": {}}}, "did you mean optimizer.learning_rates?"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(values, nearest):
@@ -90,9 +100,17 @@ def test_all_problems_come_in_one_message():
         ("data.captions", "dropout", 1.5),
         ("data.captions", "dropout", math.nan),
         ("data", "resolution", -8),
-        ("training", "steps", 0),
+        ("training", "steps", -1),
+        ("training", "steps_per_picture", 0),
+        ("training", "ema_decay", 1.0),
         ("training", "batch_size", -1),
-        ("training", "min_snr_gamma", -5),
+        ("objective", "min_snr_gamma", 0),
+        ("objective", "noise_offset", 1.5),
+        ("objective", "logit_std", 0),
+        ("tokens", "vectors", 76),
+        ("optimizer", "lora_plus_ratio", 0.5),
+        ("optimizer", "lora_plus_ratio", math.inf),
+        ("adapter", "max_norm", -1),
         ("samples", "guidance_scale", math.nan),
     ],
 )
@@ -109,7 +127,7 @@ def test_a_long_wrong_value_is_not_repeated_in_full():
 
 
 def test_defaults_and_zero_where_zero_means_off():
-    config = parse_config({"optimizer": {"clip_norm": 0}, "training": {"min_snr_gamma": 0}})
+    config = parse_config({"optimizer": {"clip_norm": 0}})
     assert config.optimizer.clip_norm == 0
     assert config.adapter.alpha == config.adapter.rank == 16
     assert config.optimizer.betas == (0.9, 0.99)
@@ -134,6 +152,48 @@ def test_written_and_read_again_it_is_the_same(tmp_path):
     write_config(config, path)
     assert parse_config(load_config(path)) == config
     assert set(tomllib.loads(path.read_text(encoding="utf-8"))) == set(TrainConfig.model_fields)
+
+
+def test_tables_of_the_users_own_names_are_written_and_read_again(tmp_path):
+    odd = {'a.b "quoted"': 1, "up_blocks.*": 8, "猫\n[x]": 3, "": 2}
+    arguments = {"betas": [0.9, 0.95], "foreach": False, "name": "a\tb", "nested": {"x.y": [1, [2]]}, "k": 3}
+    config = parse_config(
+        {
+            **COMPLETE,
+            "preset": "style",
+            "adapter": {"ranks": odd},
+            "optimizer": {"learning_rates": {"unet.down_blocks.*": 1e-4, 'te"xt': 0}, "arguments": arguments},
+        }
+    )
+    write_config(config, tmp_path / "config.toml")
+    again = parse_config(load_config(tmp_path / "config.toml"))
+    assert again == config
+    assert list(again.adapter.ranks) == list(odd)  # of several patterns that match the last one counts
+    assert again.optimizer.arguments == arguments
+    require_complete(again)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"adapter": {"ranks": {"attn2.*": 0}}}, "adapter.ranks.attn2.* is 0; input should be greater than 0"),
+        ({"adapter": {"ranks": 4}}, "adapter.ranks is 4; input should be a valid dictionary"),
+        ({"optimizer": {"learning_rates": {"a": -1}}}, "optimizer.learning_rates.a is -1"),
+        ({"optimizer": {"kind": "adam"}}, "optimizer.kind is 'adam'; input should be 'adamw8bit', 'adamw'"),
+        ({"optimizer": {"kind": "torch.optim."}}, "or a class such as 'torch.optim.RAdam'"),
+    ],
+)
+def test_a_wrong_value_in_a_table_is_named_by_its_key(values, problem):
+    assert problem in problem_of(values)
+
+
+def test_tables_have_no_flag():
+    assert [key for key in field_descriptions() if is_table(key)] == [
+        "data.concepts",
+        "adapter.ranks",
+        "optimizer.arguments",
+        "optimizer.learning_rates",
+    ]
 
 
 def test_a_missing_broken_or_binary_file_is_refused(tmp_path):
@@ -186,8 +246,8 @@ def test_an_output_name_is_a_plain_file_name(name):
 
 def test_every_field_is_described():
     described = field_descriptions()
-    assert described["training.steps"] == "Optimizer steps."
-    assert next(iter(described)) == "base.path"
+    assert described["training.accumulate_batches"] == "Batches per optimizer step."
+    assert list(described)[:2] == ["preset", "base.path"]
     assert [key for key, text in described.items() if not text.endswith((".", "?"))] == []
 
 
@@ -260,3 +320,24 @@ def test_a_saved_configuration_still_hands_down_what_its_concepts_do_not_set(tmp
 def test_the_nearest_key_of_a_part_of_the_data_is_named():
     assert "did you mean data.captions.shuffle?" in problem_of({"data": {"captions": {"sufle": True}}})
     assert "did you mean data.prior.folder?" in problem_of({"data": {"prior_folder": "x"}})
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"adapter": {"kind": "dora"}}, "did you mean adapter.dora = true?"),
+        ({"tokens": {"train": True}}, 'did you mean tokens.train = "together"?'),
+        ({"objective": {"weighting": "min_snr"}}, "did you mean min-snr?"),
+        ({"optimizer": {"schedule": "cosine_with_restarts"}}, "did you mean restarts?"),
+    ],
+)
+def test_a_value_known_by_another_name_is_answered_with_ours(values, hint):
+    with pytest.raises(ConfigError, match=re.escape(hint)):
+        parse_config(values)
+
+
+def test_descriptions_name_every_value_that_can_be_chosen():
+    described = field_descriptions()
+    assert described["objective.weighting"].endswith("One of none, min-snr, debiased, p2.")
+    assert "One of" not in described["base.quantize"] or "nf4" in described["base.quantize"]
+    assert "alone" in described["tokens.train"] and "none" in described["tokens.train"]

@@ -29,7 +29,7 @@ def settings_table() -> str:
     lines = ["| setting | default | |", "|---|---|---|"]
     for key, description in field_descriptions().items():
         value = setting_at(defaults, key)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple | dict) else str(value)
         lines.append(f"| `{key}` | {shown} | {description} |")
     return "\n".join(lines)
 

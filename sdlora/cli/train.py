@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sdlora import (
     Engine,
@@ -18,7 +19,7 @@ from sdlora import (
     save_picture,
     train,
 )
-from sdlora.config import PriorSection, SamplesSection, field_descriptions, put_setting, setting_at
+from sdlora.config import PriorSection, SamplesSection, field_descriptions, is_table, put_setting, setting_at
 from sdlora.errors import ConfigError
 
 _DESCRIPTION = """Train a LoRA adapter on a folder of pictures.
@@ -33,14 +34,14 @@ def run(arguments: list[str]) -> int:
     config = parse_arguments(arguments)
     result = train(config, preview=make_previews, class_pictures=make_class_pictures)
     if result.main_process:
-        _report(result, config.training.steps)
+        _report(result)
     return 130 if result.interrupted else 0
 
 
-def _report(result: RunResult, steps: int) -> None:
+def _report(result: RunResult) -> None:
     if result.interrupted:
         print(
-            f"stopped after step {result.steps} of {steps}; the adapter is saved in "
+            f"stopped after step {result.steps} of {result.planned_steps}; the adapter is saved in "
             f"{result.adapter}; go on with --training.resume True"
         )
         return
@@ -48,6 +49,9 @@ def _report(result: RunResult, steps: int) -> None:
         print(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f}")
     print(result.effect.sentence())
     print(f"adapter: {result.adapter} ({result.adapter.stat().st_size / 1024:.0f} KB)")
+    for path in result.embeddings:
+        needed = "" if result.effect.words_alone else " (share both, or set tokens.save = bundled for one file)"
+        print(f"new word: {path}{needed}")
 
 
 def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
@@ -61,10 +65,20 @@ def parse_arguments(arguments: Sequence[str]) -> TrainConfig:
         raise ConfigError(f"{stray[0]!r} belongs to no flag; settings are given as --section.field value")
     for word in unknown:
         if word.startswith("--"):
-            flags[word.removeprefix("--").partition("=")[0]] = ""
+            key = word.removeprefix("--").partition("=")[0]
+            _refuse_table(key)
+            flags[key] = ""
     for key, value in flags.items():
         put_setting(values, key, value)
     return parse_config(values, options.config or "command line")
+
+
+def _refuse_table(key: str) -> None:
+    """Raise ConfigError for a flag of a setting that only a file can hold, or of a part of one."""
+    for table in filter(is_table, field_descriptions()):
+        if key == table or key.startswith(f"{table}."):
+            brackets = f"[[{table}]]" if table == "data.concepts" else f"[{table}]"
+            raise ConfigError(f"--{key}: {table} has no flag; write the table {brackets} in the file of --config")
 
 
 def _with_underscores(word: str) -> str:
@@ -98,11 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", default="", metavar="FILE.toml", help="settings of the run, a table a section")
     defaults = TrainConfig()
-    groups = {name: parser.add_argument_group(f"[{name}]") for name in TrainConfig.model_fields}
+    groups: dict[str, Any] = {"": parser}
     for key, description in field_descriptions().items():
-        if key == "data.concepts":  # tables, for which there is the file
+        if is_table(key):
             continue
-        section = key.partition(".")[0]
+        section = key.rpartition(".")[0].partition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(f"[{section}]")
         default = setting_at(defaults, key)
         many = isinstance(default, tuple)
         shown = " ".join(map(str, default)) if many else str(default)

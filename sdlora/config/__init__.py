@@ -3,6 +3,7 @@
 Field descriptions are the documentation: `sdlora train --help` and docs/training.md show them.
 """
 
+from sdlora.config.complete import require_complete, require_sound_data
 from sdlora.config.data import (
     BucketsSection,
     CacheSection,
@@ -12,30 +13,33 @@ from sdlora.config.data import (
     MasksSection,
     PriorSection,
 )
+from sdlora.config.presets import with_preset, with_steps
 from sdlora.config.reading import (
     field_descriptions,
+    is_table,
     load_config,
     parse_config,
     put_setting,
-    require_complete,
-    require_sound_data,
-    setting_at,
     validated,
     write_config,
 )
-from sdlora.config.section import Section
+from sdlora.config.section import Section, setting_at
 from sdlora.config.sections import (
+    OPTIMIZERS,
     TARGET_PRESETS,
     AdapterSection,
     BaseSection,
+    ObjectiveSection,
     OptimizerSection,
     Precision,
     Quantization,
     SamplesSection,
+    TokensSection,
     TrainConfig,
 )
 
 __all__ = [
+    "OPTIMIZERS",
     "TARGET_PRESETS",
     "AdapterSection",
     "BaseSection",
@@ -45,14 +49,17 @@ __all__ = [
     "ConceptSection",
     "DataSection",
     "MasksSection",
+    "ObjectiveSection",
     "OptimizerSection",
     "Precision",
     "PriorSection",
     "Quantization",
     "SamplesSection",
     "Section",
+    "TokensSection",
     "TrainConfig",
     "field_descriptions",
+    "is_table",
     "load_config",
     "parse_config",
     "put_setting",
@@ -60,5 +67,7 @@ __all__ = [
     "require_sound_data",
     "setting_at",
     "validated",
+    "with_preset",
+    "with_steps",
     "write_config",
 ]

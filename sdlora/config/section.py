@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from functools import reduce
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,3 +20,13 @@ class Section(BaseModel):
     """A part of the configuration: typed, frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def setting_at(section: Section, key: str) -> Any:
+    """Return the value of a setting by its dotted name, such as "data.captions.shuffle"."""
+    return reduce(getattr, key.split("."), section)
+
+
+def is_file_stem(name: str) -> bool:
+    """Return whether a file can be called so on every system."""
+    return bool(re.fullmatch(r"[\w. -]+", name)) and not name.startswith(".")

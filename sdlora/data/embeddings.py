@@ -12,6 +12,7 @@ from sdlora.data import Progress
 from sdlora.data.cache_folder import store_folder
 from sdlora.data.store import ALONE, TensorStore, Together
 from sdlora.families.base import Conditioning, LoadedBase, module_sha256
+from sdlora.families.words import fingerprint
 
 _TEXTS_AT_ONCE = 16
 _TOKENIZED_AT_ONCE = 256
@@ -85,10 +86,12 @@ def encode_captions(
 
 
 def _names_of(base: LoadedBase, texts: list[str]) -> list[str]:
-    """Return a name for each text, which depends on the tokens that the encoders see."""
+    """Return a name for each text, which depends on the tokens and new words that the encoders see."""
     names = []
     for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
         part = texts[start : start + _TOKENIZED_AT_ONCE]
         tokens = [tokenizer(part).input_ids for tokenizer in base.tokenizers.values()]
-        names += [hashlib.sha256(repr([ids[i] for ids in tokens]).encode()).hexdigest()[:32] for i in range(len(part))]
+        for index, text in enumerate(part):
+            seen = repr([ids[index] for ids in tokens]) + fingerprint(base, text)
+            names.append(hashlib.sha256(seen.encode()).hexdigest()[:32])
     return names

@@ -52,7 +52,7 @@ def try_bitsandbytes(device: torch.device) -> Iterator[Check]:
 
 
 def _step_in_8_bits(device: torch.device) -> None:
-    from sdlora.training.optim import why_no_8bit
+    from sdlora.training.optimizers import why_no_8bit
 
     if reason := why_no_8bit(device):
         raise RuntimeError(reason)

@@ -23,6 +23,13 @@ from sdlora.diffusion import Prediction
 from sdlora.errors import ConfigError
 from sdlora.families.traits import PREDICTION_NAMES, FamilyTraits
 
+_ADAPTER_MARKS = (".lora_", ".hada_", ".lokr_")
+"""In the names of an adapter's weights, whatever its kind; no base weight's name has them."""
+
+
+Words = Mapping[str, Mapping[str, torch.Tensor]]
+"""New words of the prompt language: {word: {text encoder: vectors [n,D]}}."""
+
 
 @dataclass(frozen=True)
 class BaseSource:
@@ -94,6 +101,8 @@ class LoadedBase:
     quantize: Quantization = "none"
     """The form that the UNet's linear layers are held in."""
     unet_loader: Callable[[], None] | None = None
+    words: Words = field(default_factory=dict)
+    """New words, which prompts may use: each occurrence stands for its vectors. They may be parameters in training."""
 
     @property
     def prediction(self) -> Prediction:
@@ -142,7 +151,7 @@ def module_sha256(module: torch.nn.Module) -> str:
     """SHA-256 over the names and bytes of a module's weights as they are in memory, adapters left out."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
-        if ".lora_" not in name:
+        if not any(mark in name for mark in _ADAPTER_MARKS):
             digest.update(name.replace(".base_layer", "").encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -181,12 +190,12 @@ class ModelFamily(Protocol):
     def encode_prompts(self, base: LoadedBase, prompts: Sequence[str | None]) -> Conditioning:
         """Return the conditioning of `prompts`, where None is no prompt at all, as in the unguided half of guidance.
 
-        Gradients flow where a text encoder has trained weights.
+        Gradients flow where a text encoder has trained weights, and to the vectors of the base's new words.
         """
         ...
 
     def excess_tokens(self, base: LoadedBase, prompts: Sequence[str]) -> list[int]:
-        """Return how many tokens of each prompt the encoders do not see, 0 where it fits."""
+        """Return how many tokens of each prompt, new words' vectors counted, the encoders do not see; 0 where it fits."""
         ...
 
     def predict(

@@ -13,6 +13,7 @@ from sdlora.diffusion import Prediction
 from sdlora.errors import ModelError
 from sdlora.families.base import BaseParts, EncoderPart, LoadedBase
 from sdlora.families.traits import LATENT_CHANNELS, PREDICTION_NAMES, FamilyTraits, describe_channels
+from sdlora.families.words import token_counts, token_limit
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CROSS_ATTENTION = tuple(f"attn2.{name}" for name in _ATTENTION)
@@ -96,12 +97,12 @@ class LatentDiffusion:
     def excess_tokens(self, base: LoadedBase, prompts: Sequence[str]) -> list[int]:
         """Return how many tokens of each prompt the encoders do not see, 0 where it fits."""
         most = [0] * len(prompts)
-        for name, tokenizer in base.tokenizers.items():
-            limit = _token_limit(base, name)
+        for name in base.tokenizers:
+            limit = token_limit(base, name)
             for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-                part = list(prompts[start : start + _PROMPTS_AT_ONCE])
-                for index, ids in enumerate(tokenizer(part, truncation=False).input_ids, start):
-                    most[index] = max(most[index], len(ids) - limit)
+                part = prompts[start : start + _PROMPTS_AT_ONCE]
+                for index, count in enumerate(token_counts(base, name, part), start):
+                    most[index] = max(most[index], count - limit)
         return most
 
     def decode_latents(self, base: LoadedBase, latents: torch.Tensor) -> torch.Tensor:
@@ -113,24 +114,6 @@ class LatentDiffusion:
             pixels: torch.Tensor = base.vae.decode(unscaled).sample
         pixels = pixels.float()
         return (pixels / 2 + 0.5).clamp(0, 1).masked_fill(~pixels.isfinite(), torch.nan)
-
-
-def tokenize(base: LoadedBase, encoder: str, prompts: Sequence[str]) -> torch.Tensor:
-    """Return the token ids [B,77] of an encoder's own tokenizer on the base's device; longer prompts are cut."""
-    tokens = base.tokenizers[encoder](
-        list(prompts),
-        padding="max_length",
-        max_length=_token_limit(base, encoder),
-        truncation=True,
-        return_tensors="pt",
-    )
-    ids: torch.Tensor = tokens.input_ids.to(base.device)
-    return ids
-
-
-def _token_limit(base: LoadedBase, encoder: str) -> int:
-    # Not the tokenizer's own limit: one of vocab.json and merges.txt alone knows none.
-    return int(base.text_encoders[encoder].config.max_position_embeddings)
 
 
 def sampler(base: LoadedBase) -> Any:

@@ -10,8 +10,9 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from sdlora.families.base import Conditioning, EncoderPart, LoadedBase, PictureSize
-from sdlora.families.latent import LatentDiffusion, sampler, tokenize
+from sdlora.families.latent import LatentDiffusion, sampler
 from sdlora.families.traits import SD1_TRAITS, SD2_TRAITS
+from sdlora.families.words import encode_texts
 
 
 class StableDiffusion(LatentDiffusion):
@@ -19,8 +20,7 @@ class StableDiffusion(LatentDiffusion):
 
     def encode_prompts(self, base: LoadedBase, prompts: Sequence[str | None]) -> Conditioning:
         """Return the last hidden states after the final norm, [B,77,D] in the text encoder's dtype."""
-        tokens = tokenize(base, "text_encoder", [prompt or "" for prompt in prompts])
-        return Conditioning(base.text_encoders["text_encoder"](tokens)[0])
+        return Conditioning(encode_texts(base, "text_encoder", [prompt or "" for prompt in prompts])[0])
 
     def predict(
         self,

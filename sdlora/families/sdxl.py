@@ -10,8 +10,9 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.families.base import Conditioning, EncoderPart, LoadedBase, PictureSize
-from sdlora.families.latent import LatentDiffusion, sampler, tokenize
+from sdlora.families.latent import LatentDiffusion, sampler
 from sdlora.families.traits import SDXL_TRAITS
+from sdlora.families.words import encode_texts
 
 
 class StableDiffusionXL(LatentDiffusion):
@@ -26,8 +27,8 @@ class StableDiffusionXL(LatentDiffusion):
         """
         texts = [prompt or "" for prompt in prompts]
         states = []
-        for name, encoder in base.text_encoders.items():
-            output = encoder(tokenize(base, name, texts), output_hidden_states=True)
+        for name in base.text_encoders:
+            output = encode_texts(base, name, texts, output_hidden_states=True)
             states.append(output.hidden_states[-2])
         encoded = Conditioning(torch.cat(states, dim=-1), output.text_embeds)
         if base.zero_without_prompt and None in prompts:

@@ -6,8 +6,8 @@ import importlib.metadata
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,18 @@ from sdlora.adapters.inject import (
 )
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationError
-from sdlora.families.base import LoadedBase, autocast
+from sdlora.families.base import LoadedBase, Words, autocast
 from sdlora.families.detect import family_of
 from sdlora.families.registry import load_base
+from sdlora.families.schedule import ends_in_pure_noise, zero_snr_sampler
 from sdlora.families.sources import find_base
+from sdlora.families.words import check_words, knowing, same_word
 from sdlora.generation.request import GenerationRequest, Recipe, UsedAdapter
 from sdlora.storage import sha256_of_file, sha256_of_tensor_data
 
 _RESIDENT_ADAPTERS = 8
+_ZERO_SNR = "ss_zero_terminal_snr"
+"""In an adapter's metadata, here and of kohya's trainer: "True" where it was trained on the rescaled schedule."""
 _PRECISION_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -51,8 +55,20 @@ OnStep = Callable[[StepProgress], None]
 @dataclass(frozen=True)
 class _Resident:
     name: str
-    sha256: str
-    tensor_sha256: str
+    words: Words
+    used: UsedAdapter
+    """How recipes name it; its weight is each request's."""
+    zero_snr: bool
+    """Whether it was trained on a schedule that ends in pure noise."""
+
+
+@dataclass(frozen=True)
+class _Acting:
+    """What acts in a request."""
+
+    used: tuple[UsedAdapter, ...]
+    words: Words
+    zero_snr: bool
 
 
 def refuse_foreign_adapters(base: BaseSection, adapters: Sequence[str]) -> None:
@@ -70,7 +86,7 @@ class Engine:
 
     `base` is "tiny", a folder, a .safetensors file, a hub id, a `BaseSection`, or a base already loaded.
     `live_adapters` are adapters that are in that loaded base already and act in every picture, such as
-    the one being trained. Base weights are never written.
+    the one being trained; new words that the base knows stay known too. Base weights are never written.
     """
 
     def __init__(
@@ -102,8 +118,9 @@ class Engine:
             seeds = [request.seed + i for i in range(start, min(start + batch_size, request.count))]
             # Nothing stays active across a yield: the caller may abandon this request or begin another.
             try:
-                used = self._activate(request)
-                pictures = self._make(request, seeds, used, start, on_step)
+                acting = self._activate(request)
+                with knowing(self.base, acting.words), self._sampling(acting.zero_snr):
+                    pictures = self._make(request, seeds, acting.used, start, on_step)
             except torch.OutOfMemoryError as error:
                 raise GenerationError(
                     "the GPU's memory is too small for this; choose a smaller width or height, or fewer at a time"
@@ -116,22 +133,27 @@ class Engine:
         """SHA-256 over the base weights as they are in memory now; equal before and after any request."""
         return self.base.weights_sha256()
 
-    def _activate(self, request: GenerationRequest) -> tuple[UsedAdapter, ...]:
-        """Exactly the adapters of the request act, beside the live ones."""
+    def _activate(self, request: GenerationRequest) -> _Acting:
+        """Exactly the adapters of the request act, beside the live ones; returns them and what goes with all."""
         used = []
+        zero_snr = False
+        words = dict(self.base.words)
         weights = dict(self._live)
         for choice in request.adapters:
             resident = self._load(Path(choice.path).expanduser())
             if resident.name in weights:
                 raise ConfigError(f"{choice.path}: the same adapter file is named twice; give it once")
             weights[resident.name] = choice.weight
-            used.append(UsedAdapter(Path(choice.path).stem, resident.sha256, resident.tensor_sha256, choice.weight))
+            if choice.weight != 0:
+                _join(words, resident.words, choice.path)
+                zero_snr |= resident.zero_snr
+            used.append(replace(resident.used, name=Path(choice.path).stem, weight=choice.weight))
         # The adapters of this request were used last, so that only others are let go.
         while len(self._resident) > max(_RESIDENT_ADAPTERS, len(used)):
             _, oldest = self._resident.popitem(last=False)
             remove_adapter(self.base, oldest.name)
         set_adapter_weights(self.base, weights)
-        return tuple(used)
+        return _Acting(tuple(used), words, zero_snr)
 
     def _load(self, path: Path) -> _Resident:
         """Return the adapter of a file, read anew only when the file is another one than last time."""
@@ -144,11 +166,33 @@ class Engine:
             self._resident.move_to_end(key)
             return self._resident[key]
         adapter = read_adapter(path)
+        refuse_other_family(adapter.family, self.base.family.traits, self.base.source.name)
+        check_words(self.base, adapter.tokens)
+        used = UsedAdapter(
+            name=path.stem,
+            sha256=sha256_of_file(path),
+            tensor_sha256=sha256_of_tensor_data(path),
+            weight=1.0,
+            words=adapter.token_digests(),
+            embedding=not adapter.layers,
+        )
         self._names_given += 1
-        resident = _Resident(f"file{self._names_given}", sha256_of_file(path), sha256_of_tensor_data(path))
+        zero_snr = adapter.metadata.get(_ZERO_SNR) == "True"
+        resident = _Resident(f"file{self._names_given}", adapter.tokens, used, zero_snr)
         add_adapter(self.base, resident.name, adapter)
         self._resident[key] = resident
         return resident
+
+    @contextmanager
+    def _sampling(self, zero_snr: bool) -> Iterator[None]:
+        """Inside, with `zero_snr`, pictures of a base that predicts v begin at pure noise, as in that training."""
+        own = self._pipeline.scheduler
+        if zero_snr and self.base.prediction == "v" and not ends_in_pure_noise(self.base):
+            self._pipeline.scheduler = zero_snr_sampler(self.base)
+        try:
+            yield
+        finally:
+            self._pipeline.scheduler = own
 
     def _make(
         self,
@@ -222,6 +266,24 @@ class Engine:
             device=_device_name(self.base.device),
             versions={name: importlib.metadata.version(name) for name in ("sdlora", "torch", "diffusers", "peft")},
         )
+
+
+def _join(words: dict[str, Mapping[str, torch.Tensor]], more: Words, source: str) -> None:
+    """`words` has `more` too. Raises ConfigError where both teach one word, with different vectors."""
+    for word, vectors in more.items():
+        known = next((other for other in words if same_word(word, other)), None)
+        if known is None:
+            words[word] = vectors
+        elif not _equal(words[known], vectors):
+            raise ConfigError(
+                f"{source}: teaches the word {word!r}, which another adapter in use teaches otherwise; use one of the two"
+            )
+
+
+def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(one[encoder].detach().float().cpu(), other[encoder].detach().float().cpu()) for encoder in one
+    )
 
 
 def _plain_settings(config: Mapping[str, Any]) -> dict[str, Any]:

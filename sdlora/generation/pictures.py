@@ -61,11 +61,12 @@ def infotext(recipe: Recipe) -> str:
         "Model": recipe.base,
         "RNG": recipe.noise_device.upper(),
     }
-    if recipe.adapters:
-        hashes = [f"{re.sub('[:,]', '', item.name)}: {item.tensor_sha256[:12]}" for item in recipe.adapters]
+    loras = [item for item in recipe.adapters if not item.embedding]  # an embedding acts by its word in the prompt
+    if loras:
+        hashes = [f"{re.sub('[:,]', '', item.name)}: {item.tensor_sha256[:12]}" for item in loras]
         fields["Lora hashes"] = ", ".join(hashes)
     fields["Version"] = f"sdlora {recipe.versions.get('sdlora', '')}".strip()
-    tags = "".join(f" <lora:{item.name}:{item.weight:g}>" for item in recipe.adapters)
+    tags = "".join(f" <lora:{item.name}:{item.weight:g}>" for item in loras)
     lines = [recipe.prompt + tags]
     if recipe.negative_prompt:
         lines.append(f"Negative prompt: {recipe.negative_prompt}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -19,9 +19,9 @@ class AdapterChoice(Section):
     """One adapter file and how strongly it acts."""
 
     path: str
-    """The .safetensors file."""
+    """The .safetensors file: an adapter, with its new words beside or in it, or an embedding."""
     weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
-    """1 is as trained, 0 is not at all."""
+    """1 is as trained, 0 is not at all. New words act whole, but at 0."""
 
 
 class GenerationRequest(Section):
@@ -74,6 +74,10 @@ class UsedAdapter:
     sha256: str
     tensor_sha256: str
     weight: float
+    words: dict[str, str] = field(default_factory=dict)
+    """{new word that came with it: SHA-256 of its vectors}, wherever these were."""
+    embedding: bool = False
+    """Whether it is nothing but new words."""
 
 
 @dataclass(frozen=True)

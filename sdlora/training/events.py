@@ -30,8 +30,13 @@ class EventLog:
     """Appends events to a file; each line is on its way to the disk when `write` returns."""
 
     def __init__(self, path: Path | None) -> None:
-        """`path` None: the events of a process that is not the main one go nowhere."""
+        """`path` None: events go nowhere, as those of a process that is not the main one."""
         self._file = path.open("a", encoding="utf-8") if path else None
+
+    def begin(self, path: Path) -> None:
+        """Events go to `path` from now on, which holds none yet."""
+        self.close()
+        self._file = path.open("w", encoding="utf-8")
 
     def write(self, event: Kind, **fields: Any) -> None:
         """One line more is in the file."""

@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from sdlora.adapters.file import AdapterFile, write_adapter
-from sdlora.adapters.inject import extract_adapter, load_weights
+from sdlora.adapters.file import write_adapter
 from sdlora.adapters.metadata import TrainingFacts, training_metadata
 from sdlora.config import TrainConfig
 from sdlora.errors import DataError, FormatError, TrainingError
@@ -24,14 +22,14 @@ from sdlora.families.base import LoadedBase
 from sdlora.training.effect import Effect, measure_effect
 from sdlora.training.events import EventLog
 from sdlora.training.material import Material
-from sdlora.training.objective import batch_loss, training_generator, validation_loss
-from sdlora.training.optim import average_gradients, clip_gradients, rate_factor, set_rate
+from sdlora.training.micro import MicroBatches
+from sdlora.training.objective import DrawnBatch, batch_loss, prepare_batch, training_generator, validation_loss
+from sdlora.training.optim import Optimization
 from sdlora.training.processor import training_on_cpu
 from sdlora.training.progress import ProgressView
 from sdlora.training.state import TrainingState, save_state
+from sdlora.training.trainee import ADAPTER, Trainee
 
-ADAPTER = "trained"
-"""Name of the adapter in the live model while it is trained."""
 _BAD_STEPS_IN_A_ROW = 3
 
 
@@ -52,8 +50,8 @@ class TrainingLoop:
     config: TrainConfig
     base: LoadedBase
     material: Material
-    parameters: Sequence[nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    trainee: Trainee
+    optimization: Optimization
     accelerator: Accelerator
     events: EventLog
     preview: Callable[[str, Path], Sequence[Path]] | None
@@ -68,11 +66,15 @@ class TrainingLoop:
         self._scaler = torch.amp.GradScaler(
             self.base.device.type, enabled=self.base.dtype == torch.float16 and self.base.device.type == "cuda"
         )
+        # Its scale is made by the first loss, which one process may see before another.
+        self._scaler.scale(torch.zeros((), device=self.base.device))
+        self.optimization.limit = self.trainee.after_step
+        self._micro = MicroBatches(self.config.training.micro_batch, self.optimization.parameters, self.view.say)
 
     def restore(self, state: TrainingState) -> None:
         """The loop stands where `state` was saved, ready for its next step."""
-        load_weights(self.base, ADAPTER, state.layers)
-        self.optimizer.load_state_dict(state.optimizer)
+        self.trainee.restore_weights(state.weights)
+        self.optimization.load_state_dict(state.optimizer)
         self.step, self.examples_seen, self.loss_before = state.step, state.examples_seen, state.loss_before
 
     def run(self, stop: threading.Event, folder: Path) -> Outcome:
@@ -93,7 +95,7 @@ class TrainingLoop:
         self._announce(first)
         if self.loss_before is None:
             self.loss_before = self._validate()
-        self.base.unet.train()
+        self._train_mode(True)
         bad_steps = 0
         with self.view.counting(steps, first):
             while self.step < steps and not self._asked_to_stop(stop):
@@ -113,7 +115,7 @@ class TrainingLoop:
                     step=self.step,
                     loss=round(loss, 6),
                     gradient_norm=round(norm, 6),
-                    learning_rate=self.optimizer.param_groups[0]["lr"],
+                    learning_rate=self.optimization.learning_rate(self.step - 1),
                     examples_seen=self.examples_seen,
                     images_per_second=round(rate, 3),
                     eta_seconds=round(eta, 1),
@@ -138,24 +140,28 @@ class TrainingLoop:
         """
         training = self.config.training
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        set_rate(self.optimizer, rate_factor(self.config.optimizer, self.step, training.steps))
+        self.optimization.begin(self.step)
         total = 0.0
-        for micro in range(training.accumulate_batches):
-            number = (self.step * training.accumulate_batches + micro) * world
+        for index in range(training.accumulate_batches):
+            number = (self.step * training.accumulate_batches + index) * world
             turns, full = self.material.batch(number + rank)
             generator = training_generator(self.config, rank, self.examples_seen)
-            loss = batch_loss(self.base, turns, full, self.material.texts, self.config, generator)
-            self._scaler.scale(loss / training.accumulate_batches).backward()
-            total += float(loss.detach()) / training.accumulate_batches
+            drawn = prepare_batch(self.base, turns, full, self.config, generator)
+            total += self._micro.run(drawn, self._backward) / training.accumulate_batches
             self.examples_seen += sum(len(self.material.order.batch(number + other).draws) for other in range(world))
-        average_gradients(self.accelerator, self.parameters)
-        self._scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.parameters, self.config.optimizer.clip_norm)
+        self.optimization.average_gradients(self.accelerator)
+        norm = self.optimization.clip(self._scaler)
         if math.isfinite(total) and math.isfinite(norm):
-            self._scaler.step(self.optimizer)
-        self._scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.optimization.apply(self._scaler)
+        self.optimization.end(self._scaler)
         return total, norm
+
+    def _backward(self, part: DrawnBatch) -> float:
+        """The gradients of a part of a batch are added to the others; returns its loss."""
+        loss = batch_loss(self.base, part, self.material.texts, self.config)
+        if loss.requires_grad:  # while words alone are trained, nothing of a batch without them does
+            self._scaler.scale(loss / self.config.training.accumulate_batches).backward()
+        return float(loss.detach())
 
     def _skip(self, loss: float, norm: float, in_a_row: int) -> None:
         reason = f"loss {loss}, gradient norm {norm}"
@@ -184,16 +190,18 @@ class TrainingLoop:
         if due(config.samples.every_steps):
             self._sample(folder)
         if due(config.output.save_every_steps):
-            path = self._save_adapter(folder, f"{config.output.name}-{self.step:06d}")
+            # With its words inside: a file of their own would be the one that later steps write.
+            path = self._save_adapter(folder, f"{config.output.name}-{self.step:06d}", bundle=True)
             self.events.write("checkpoint", step=self.step, adapter=str(path))
         if due(config.training.checkpoint_every_steps):
             self._save_state(folder)
 
     def _finish(self, folder: Path, seconds: float) -> Outcome:
         interrupted = self.step < self.config.training.steps
-        self.base.unet.eval()
+        self._train_mode(False)
         path = self._save_adapter(folder, self.config.output.name)  # before anything else can fail
-        effect = measure_effect(self.base, ADAPTER, self.material.examples, self.material.texts)
+        with self.optimization.averaged():
+            effect = measure_effect(self.trainee, self.material.examples, self.material.texts)
         if interrupted:
             self._save_state(folder)
         loss_after = None if interrupted else self._validate()
@@ -209,7 +217,7 @@ class TrainingLoop:
         )
         return Outcome(path, interrupted, loss_after, effect)
 
-    def _save_adapter(self, folder: Path, name: str) -> Path:
+    def _save_adapter(self, folder: Path, name: str, bundle: bool = False) -> Path:
         """The adapter as it is now is in the folder. Raises TrainingError, writing nothing, when it holds NaN."""
         path = folder / f"{name}.safetensors"
         batches = self.step * self.config.training.accumulate_batches * self.accelerator.num_processes
@@ -222,14 +230,11 @@ class TrainingLoop:
             started=self.started,
             finished=time.time(),
         )
-        adapter = AdapterFile(
-            extract_adapter(self.base, ADAPTER),
-            self.base.family.name,
-            training_metadata(self.config, self.base, facts),
-        )
+        with self.optimization.averaged():
+            adapter = self.trainee.file(training_metadata(self.config, self.base, facts))
         if self.accelerator.is_main_process:
             try:
-                write_adapter(adapter, path)
+                write_adapter(adapter, path, bundle=bundle or self.config.tokens.save == "bundled")
             except FormatError as error:
                 raise TrainingError(f"the adapter diverged and was not saved ({error})") from error
         return path
@@ -240,8 +245,8 @@ class TrainingLoop:
         state = TrainingState(
             step=self.step,
             examples_seen=self.examples_seen,
-            layers=extract_adapter(self.base, ADAPTER),
-            optimizer=self.optimizer.state_dict(),
+            weights=self.trainee.copy_weights(),
+            optimizer=self.optimization.state_dict(),
             loss_before=self.loss_before,
             identity=self.identity,
         )
@@ -251,30 +256,37 @@ class TrainingLoop:
     def _validate(self) -> float | None:
         if not self.material.validation:
             return None
-        training = self.base.unet.training
-        self.base.unet.eval()
+        training = self._train_mode(False)
         levels = self.config.validation.timesteps
-        loss = validation_loss(self.base, self.material.validation, self.material.texts, levels)
-        self.base.unet.train(training)
+        with self.optimization.averaged():
+            loss = validation_loss(self.base, self.material.validation, self.material.texts, levels)
+        self._train_mode(training)
         self.events.write("validation", step=self.step, loss=round(loss, 6))
         self.accelerator.log({"validation_loss": loss}, step=self.step)
         return loss
+
+    def _train_mode(self, training: bool) -> bool:
+        """Dropout acts, or it does not; returns whether it did before."""
+        before: bool = self.base.unet.training
+        for module in (self.base.unet, *self.base.text_encoders.values()):
+            module.train(training)
+        return before
 
     def _sample(self, folder: Path) -> None:
         """Sample pictures of this step are written; whatever goes wrong with them never ends the run."""
         if self.preview is None or not self.accelerator.is_main_process:
             return
-        training = self.base.unet.training
-        self.base.unet.eval()
+        training = self._train_mode(False)
         try:
             target = folder / "samples" / f"step-{self.step:06d}"
-            paths = self.preview(ADAPTER, target)
+            with self.optimization.averaged():
+                paths = self.preview(ADAPTER, target)
             self.events.write("sample", step=self.step, paths=[str(path) for path in paths])
         except Exception as error:  # a picture is worth less than the run
             self.events.write("sample_failed", step=self.step, reason=str(error))
             self.view.say(f"samples of step {self.step} failed and are left out: {error}")
         finally:
-            self.base.unet.train(training)
+            self._train_mode(training)
 
     def _announce(self, resumed_at: int) -> None:
         device = self.base.device
@@ -282,7 +294,7 @@ class TrainingLoop:
             "start",
             steps=self.config.training.steps,
             pictures=len(self.material.examples),
-            trainable_parameters=sum(p.numel() for p in self.parameters),
+            trainable_parameters=sum(weight.parameter.numel() for weight in self.trainee.weights),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             precision=str(self.base.dtype).removeprefix("torch."),
             quantize=self.base.quantize,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdlora.adapters.metadata import ConceptFacts
-from sdlora.config import ConceptSection, PriorSection, TrainConfig
+from sdlora.config import ConceptSection, PriorSection, TrainConfig, with_steps
 from sdlora.data.batches import Draw
 from sdlora.data.buckets import describe_buckets
 from sdlora.data.cache import EncodingReport, encode_pictures, picture_store
@@ -24,12 +24,16 @@ from sdlora.data.store import TensorStore, Together
 from sdlora.diffusion import seed_from
 from sdlora.errors import ConfigError, DataError
 from sdlora.families.base import LoadedBase
+from sdlora.families.words import knowing
 from sdlora.training.objective import EncodedTexts, Turn
+from sdlora.training.trainee import first_words
 
 Say = Callable[[str], None]
 ClassPictures = Callable[[LoadedBase, str, PriorSection, int, Mapping[int, Path]], None]
 """Makes pictures of a class prompt: (base, prompt, how, side in pixels, {number that counts up the seed: file})."""
 _SECONDS_BETWEEN_LINES = 10.0
+_DRAWS = 64
+"""How often a caption is drawn to see what it may become."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ class Material:
         return any(example.sample.concept.settings.buckets.enabled for example in self.examples)
 
     def texts_needed(self) -> set[str]:
-        """Return every text that may be needed in `epochs`."""
+        """Return every text that may be needed in `epochs`; where each is drawn afresh, a sample of them."""
         needed = {example.sample.caption for example in (*self.examples, *self.validation)}
         for example in self.examples:
             sample, settings = example.sample, example.sample.concept.settings
@@ -196,6 +200,9 @@ def prepare_material(
         return plan_examples(found.samples, found.facts, found.mask_hashes, base.resolution, store, augment=augment)
 
     material = Material(config, planned(training, True), planned(data.held_out, False), training.fingerprint())
+    if not config.training.steps:
+        batches = material.order.first_batch(config.training.steps_per_picture)
+        material.config = config = with_steps(config, batches, together.processes)
     sizes = [fact.size for fact in training.facts]
     say(describe_buckets(sizes, [example.bucket for example in material.examples]))
     everything = [*material.examples, *material.validation]
@@ -203,30 +210,53 @@ def prepare_material(
     say(material.report.sentence())
     if store.damaged:
         say(f"{store.damaged} damaged files of the cache were removed and their pictures encoded again")
-    stores = [store]
-    if not config.adapter.text_encoder:
-        stores.append(_encode_texts(config, base, material, cache, together, say))
+    stores = [store, *_prepare_texts(config, base, material, cache, together, say)]
     if together.rank == 0:
         _trim(config, cache, stores, say)
     return material
 
 
-def _encode_texts(
+def trains_texts(config: TrainConfig) -> bool:
+    """Return whether what a text becomes changes while training, so that it is encoded in every step."""
+    return config.tokens.train != "none" or config.adapter.text_encoder
+
+
+def possible_texts(found: FoundSamples, seed: int) -> Iterator[str]:
+    """Yield texts that the pictures may be trained with, prior preservation aside; those without chance first."""
+    own = [sample for sample in found.samples if not sample.prior]
+    yield from (sample.caption for sample in own)
+    for sample in own:
+        settings, draws = sample.concept.settings, max(_DRAWS, len(sample.lines))
+        yield from caption_variants(sample.lines, settings.captions, settings.trigger, seed, str(sample.path), draws)
+
+
+def _prepare_texts(
     config: TrainConfig, base: LoadedBase, material: Material, cache: Path, together: Together, say: Say
-) -> TensorStore:
-    store = caption_store(base, cache)
-    batches = config.training.steps * config.training.accumulate_batches * together.processes
-    material.epochs = material.order.epoch_of(max(0, batches - 1)) + 1
+) -> list[TensorStore]:
+    """The material has its encoded texts, unless they are encoded in every step; returns the stores they are in."""
+    live = trains_texts(config)
+    if not live:
+        batches = config.training.steps * config.training.accumulate_batches * together.processes
+        material.epochs = material.order.epoch_of(max(0, batches - 1)) + 1
     texts = sorted(material.texts_needed())
-    excess = base.family.excess_tokens(base, texts)
+    _tell_of_long_texts(config, base, texts, say)
+    if live:
+        return []
+    store = caption_store(base, cache)
+    material.texts = encode_captions(base, texts, store, together=together, on_progress=_progress(say, "captions"))
+    return [store]
+
+
+def _tell_of_long_texts(config: TrainConfig, base: LoadedBase, texts: Sequence[str], say: Say) -> None:
+    """What the text encoder does not see of captions, the vectors of new words counted, is said."""
+    with knowing(base, first_words(base, config)):
+        excess = base.family.excess_tokens(base, texts)
     if cut := [(over, text) for over, text in zip(excess, texts, strict=True) if over > 0]:
         over, text = max(cut)
         say(
             f"{len(cut)} of {len(texts)} captions are longer than the text encoder sees; "
             f"the longest loses its last {over} tokens: {text[:60]!r}..."
         )
-    material.texts = encode_captions(base, texts, store, together=together, on_progress=_progress(say, "captions"))
-    return store
 
 
 def _generated(

@@ -16,25 +16,30 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from sdlora.adapters.inject import choose_targets, new_adapter
-from sdlora.config import SamplesSection, TrainConfig, require_complete, write_config
+from sdlora.adapters.file import word_files
+from sdlora.config import SamplesSection, TrainConfig, require_complete, with_preset, write_config
 from sdlora.data.examples import CachedExample
 from sdlora.data.source import fill_trigger
 from sdlora.data.store import Together
-from sdlora.diffusion import seed_from
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.families.base import Conditioning, LoadedBase
+from sdlora.families.detect import family_of
 from sdlora.families.prediction import check_prediction
 from sdlora.families.registry import default_device, load_base
+from sdlora.families.schedule import rescale_to_zero_snr
+from sdlora.families.sources import find_base
 from sdlora.storage import check_writable
+from sdlora.training.checks import check_against_base
 from sdlora.training.effect import Effect
 from sdlora.training.events import EventLog
-from sdlora.training.loop import ADAPTER, TrainingLoop
-from sdlora.training.material import ClassPictures, OpenedData, open_data, prepare_material
+from sdlora.training.loop import TrainingLoop
+from sdlora.training.material import ClassPictures, OpenedData, open_data, prepare_material, trains_texts
 from sdlora.training.objective import EncodedTexts
-from sdlora.training.optim import make_optimizer
+from sdlora.training.optim import Optimization
 from sdlora.training.progress import ProgressView
 from sdlora.training.state import load_newest_state, run_identity
+from sdlora.training.timesteps import timestep_tables
+from sdlora.training.trainee import new_trainee, triggers
 
 Preview = Callable[[LoadedBase, str, SamplesSection, Path], Sequence[Path]]
 """Makes the sample pictures: (base, name of its live adapter, what to make, folder) -> written files."""
@@ -49,6 +54,7 @@ class RunResult:
     adapter: Path
     folder: Path
     steps: int
+    planned_steps: int
     interrupted: bool
     loss_before: float | None
     loss_after: float | None
@@ -56,6 +62,8 @@ class RunResult:
     seconds: dict[str, float]
     main_process: bool
     """Whether this process wrote the files and should speak of the run; of several launched ones, the first."""
+    embeddings: tuple[Path, ...] = ()
+    """Files of new words beside `adapter`: those that it needs, or of several words without an adapter the others."""
 
 
 def train(
@@ -68,18 +76,19 @@ def train(
     a user can mend; a failed run overwrites no adapter.
     """
     require_complete(config)
+    config = with_preset(config, family_of(find_base(config.base)).name if config.preset != "none" else "")
     folder = Path(config.output.folder).expanduser()
     _check_prompts(config)
-    _refuse_taken(folder, config)
+    taken = _refuse_taken(folder, config)
     data = open_data(config)
     processes = _processes()
     main = processes.is_main_process
     if main:
-        _claim_folder(folder, config)
-        write_config(config, folder / "config.toml")
+        check_writable(folder)
     processes.wait_for_everyone()
     accelerator = _accelerator(config, folder)
-    events = EventLog(folder / "events.jsonl" if main else None)
+    # A run that was here keeps its events until another one really begins.
+    events = EventLog(folder / "events.jsonl" if main and (config.training.resume or not taken) else None)
     try:
         return _train(config, preview, class_pictures, folder, data, accelerator, events)
     except BaseException as error:
@@ -121,7 +130,7 @@ def _train(
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         base = load_base(config.base, accelerator.device, unet=False)
-    choose_targets(base, config.adapter)  # a wrong pattern is found before the pictures are encoded
+    check_against_base(config, base, data.training)
     view = ProgressView(visible=accelerator.is_main_process)
     view.say(f"base {base.source.name}: {base.family.title}, {base.dtype} on {base.device}".replace("torch.", ""))
     for line in data.summary:
@@ -129,30 +138,32 @@ def _train(
     together = Together(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     with _timed(seconds, "encode"):
         material = prepare_material(config, base, data, together, view.say, class_pictures)
+    config = material.config
     if preview is None or not config.samples.prompts:
         preview = None
-        base.drop_encoders(keep_text=config.adapter.text_encoder)
+        base.drop_encoders(keep_text=trains_texts(config))
     with _timed(seconds, "load"):
         base.fetch_unet()
+    if config.objective.zero_terminal_snr:
+        rescale_to_zero_snr(base)
+    timestep_tables(base.alphas_cumprod, base.prediction, config.objective)  # wrong weights are found before step 1
     for note in base.notes:
         view.say(note)
-    if warning := _check_prediction(base, material.examples, material.texts):
-        events.write("warning", reason=warning)
-        view.say(f"WARNING: {warning}")
-
-    seed = seed_from(config.training.seed, "adapter")
-    parameters = new_adapter(base, ADAPTER, config.adapter, seed)
+    warning = _check_prediction(base, material.examples, material.texts)
+    trainee = new_trainee(base, config)
     if config.training.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
-    optimizer, note = make_optimizer(config.optimizer, parameters)
-    if note:
+    optimization = Optimization(
+        config.optimizer, config.tokens, config.training.ema_decay, trainee.weights, config.training.steps
+    )
+    for note in optimization.notes:
         view.say(note)
     loop = TrainingLoop(
         config=config,
         base=base,
         material=material,
-        parameters=[p for members in parameters.values() for p in members],
-        optimizer=optimizer,
+        trainee=trainee,
+        optimization=optimization,
         accelerator=accelerator,
         events=events,
         preview=_sampler(config, base, preview),
@@ -162,6 +173,11 @@ def _train(
     if config.training.resume:
         loop.restore(load_newest_state(folder / "checkpoints", loop.identity))
         view.say(f"resuming after step {loop.step}")
+    if accelerator.is_main_process:
+        _claim_folder(folder, config, events)
+    if warning:
+        events.write("warning", reason=warning)
+        view.say(f"WARNING: {warning}")
     with _timed(seconds, "train"), stop_requests() as stop:
         outcome = loop.run(stop, folder)
         accelerator.wait_for_everyone()  # the first process may still be writing
@@ -169,13 +185,23 @@ def _train(
         adapter=outcome.adapter,
         folder=folder,
         steps=loop.step,
+        planned_steps=config.training.steps,
         interrupted=outcome.interrupted,
         loss_before=loop.loss_before,
         loss_after=outcome.loss_after,
         effect=outcome.effect,
         seconds={key: round(value, 3) for key, value in seconds.items()},
         main_process=accelerator.is_main_process,
+        embeddings=_embeddings(config, outcome.adapter),
     )
+
+
+def _embeddings(config: TrainConfig, adapter: Path) -> tuple[Path, ...]:
+    """Return the files of new words beside the adapter's."""
+    if config.tokens.train == "none" or config.tokens.save == "bundled":
+        return ()
+    files = word_files(adapter, triggers(config), with_layers=config.tokens.train != "alone")
+    return tuple(file for file in files.values() if file != adapter)
 
 
 def _check_prompts(config: TrainConfig) -> None:
@@ -186,7 +212,7 @@ def _check_prompts(config: TrainConfig) -> None:
 
 def _refuse_taken(folder: Path, config: TrainConfig) -> bool:
     """Return whether the folder holds a run. Raises ConfigError where that one would be overwritten by accident."""
-    taken = (folder / "events.jsonl").exists()
+    taken = (folder / "config.toml").exists()
     if taken and not (config.training.resume or config.output.overwrite):
         raise ConfigError(
             f"{folder}: already holds a run; choose another output.folder, go on with it "
@@ -195,13 +221,18 @@ def _refuse_taken(folder: Path, config: TrainConfig) -> bool:
     return taken
 
 
-def _claim_folder(folder: Path, config: TrainConfig) -> None:
-    """The run folder is there and writable, and nothing of an earlier run misleads in it."""
-    check_writable(folder)
-    if _refuse_taken(folder, config) and not config.training.resume:
-        (folder / "events.jsonl").unlink()
+def _claim_folder(folder: Path, config: TrainConfig, events: EventLog) -> None:
+    """The folder is this run's: its settings and events are there, and nothing of an earlier run misleads."""
+    if not config.training.resume:
+        events.begin(folder / "events.jsonl")
         for checkpoint in (folder / "checkpoints").glob("state-*.pt"):
             checkpoint.unlink()
+    # What was meant for this once is not to happen again when the file is used for another run.
+    once = {
+        "training": config.training.model_copy(update={"resume": False}),
+        "output": config.output.model_copy(update={"overwrite": False}),
+    }
+    write_config(config.model_copy(update=once), folder / "config.toml")
 
 
 def _check_prediction(base: LoadedBase, examples: Sequence[CachedExample], known: EncodedTexts) -> str:

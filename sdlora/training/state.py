@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from sdlora.adapters.layers import LoraLayer
 from sdlora.config import TrainConfig
 from sdlora.errors import ConfigError
 from sdlora.storage import write_bytes
@@ -27,7 +26,8 @@ class TrainingState:
 
     step: int
     examples_seen: int
-    layers: Mapping[str, LoraLayer]
+    weights: Mapping[str, torch.Tensor]
+    """Every trained weight by its name."""
     optimizer: dict[str, Any]
     loss_before: float | None
     identity: str
@@ -35,10 +35,13 @@ class TrainingState:
 
 def run_identity(config: TrainConfig, base_sha256: str, data_fingerprint: str, processes: int = 1) -> str:
     """Return a hash of all that must be equal for a resumed run to continue the earlier one."""
-    sections = ("data", "adapter", "optimizer", "training")
+    sections = ("data", "adapter", "tokens", "objective", "optimizer", "training")
     settings = {name: getattr(config, name).model_dump(mode="json") for name in sections}
-    for key in ("resume", "checkpoint_every_steps"):
+    for key in ("resume", "checkpoint_every_steps", "steps_per_picture"):
         del settings["training"][key]
+    for key in ("micro_batch", "gradient_checkpointing"):  # how it is computed: a run out of memory goes on with less
+        del settings["training"][key]
+    del settings["tokens"]["save"]
     del settings["data"]["cache"]
     for part in (settings["data"], settings["data"]["prior"], *settings["data"]["concepts"]):
         part["folder"] = ""  # the pictures may have been moved; their content is in the fingerprint
@@ -52,8 +55,7 @@ def run_identity(config: TrainConfig, base_sha256: str, data_fingerprint: str, p
 def save_state(folder: Path, state: TrainingState) -> Path:
     """A checkpoint of the state is in `folder`, whole; of the older ones only the newest is kept."""
     buffer = io.BytesIO()
-    layers = {path: (layer.down, layer.up, layer.alpha) for path, layer in state.layers.items()}
-    torch.save({**vars(state), "layers": layers}, buffer)
+    torch.save({**vars(state), "weights": dict(state.weights)}, buffer)
     path = folder / f"state-{state.step:06d}.pt"
     write_bytes(path, buffer.getvalue())
     for old in _checkpoints(folder)[:-_KEPT]:
@@ -68,9 +70,7 @@ def load_newest_state(folder: Path, identity: str) -> TrainingState:
     """
     for path in reversed(_checkpoints(folder)):
         try:
-            values = torch.load(path, map_location="cpu", weights_only=True)
-            layers = {name: LoraLayer(*parts) for name, parts in values.pop("layers").items()}
-            state = TrainingState(**values, layers=layers)
+            state = TrainingState(**torch.load(path, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError):
             continue
         if state.identity != identity:

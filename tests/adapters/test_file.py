@@ -1,3 +1,4 @@
+import json
 import random
 from dataclasses import replace
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdlora.adapters.file import AdapterFile, adapter_family, read_adapter, write_adapter
+from sdlora.adapters.file import AdapterFile, adapter_family, read_adapter, word_files, write_adapter
 from sdlora.adapters.layers import LoraLayer
 from sdlora.errors import ConfigError, FormatError
 from sdlora.storage import read_header, sha256_of_tensor_data
@@ -95,18 +96,17 @@ REFUSED = {
         {key: torch.full_like(value, float("nan")).to(torch.float8_e4m3fn) for key, value in pair().items()},
         "holds NaN or infinity",
     ),
-    "DoRA": ({**pair(), f"{NAME}.dora_scale": torch.ones(2, 1)}, "is a DoRA adapter"),
-    "Tucker": (
-        {**pair(), f"{NAME}.lora_mid.weight": torch.ones(1, 1)},
-        "1 tensors that this version does not understand",
-    ),
-    "mixed LyCORIS": ({**pair(), "lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "is a LyCORIS adapter"),
-    "LyCORIS": ({"lora_unet_conv_in.lokr_w1": torch.ones(1)}, "is a LyCORIS adapter"),
-    "bundle": ({**pair(), "bundle_emb.cat.emb_params": torch.ones(1, 4)}, "textual-inversion embedding besides"),
+    "half a LyCORIS group": ({**pair(), "lora_unet_conv_in.hada_w1_a": torch.ones(1, 1)}, "lora_unet_conv_in"),
+    "OFT": ({"lora_unet_conv_in.oft_blocks": torch.ones(1, 1, 1)}, "is an OFT adapter, which this version"),
+    "a foreign tensor": ({**pair(), "x.y": torch.ones(1, 4)}, "1 tensors that this version does not understand"),
+    "NaN in a word": ({"emb_params": torch.full((1, 4), float("nan"))}, "word 'a' holds NaN or infinity"),
+    "a word without vectors": ({"emb_params": torch.ones(0, 4)}, "expected floating-point vectors"),
+    "a word of integers": ({"clip_l": torch.ones(1, 4, dtype=torch.int64)}, "a tensor clip_l of torch.int64"),
+    "a word twice": ({"clip_l": torch.ones(1, 4), "emb_params": torch.ones(1, 4)}, "holds the word 'a' twice"),
+    "a bundled word without name": ({**pair(), "bundle_emb. .clip_l": torch.ones(1, 4)}, "without a word"),
     "PEFT": (pair("unet.conv_in", ("lora_A.weight", "lora_B.weight")), "diffusers or PEFT format"),
     "diffusers": (pair("unet.conv_in", ("lora.down.weight", "lora.up.weight")), "diffusers or PEFT format"),
     "checkpoint": ({"model.diffusion_model.out.2.bias": torch.ones(4)}, "is a whole Stable Diffusion checkpoint"),
-    "embedding": ({"emb_params": torch.ones(2, 8)}, "is a textual-inversion embedding"),
     "anything": ({"transformer.blocks.0": torch.ones(2, 8)}, r"holds no adapter \(1 tensors, such as 'transformer"),
     "nothing": ({}, r"holds no adapter \(0 tensors, none\)"),
 }
@@ -150,3 +150,208 @@ def test_random_damage_is_refused_or_harmless(tmp_path):
         else:
             assert all(layer.delta_weight().isfinite().all() for layer in layers.values())
     assert 100 < refused < 600
+
+
+def words_of(base_or_encoders, *words, count=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(len(words))
+    return {
+        word: {name: torch.randn(count, 32, generator=generator).to(dtype) for name in base_or_encoders}
+        for word in words
+    }
+
+
+def same_words(one, other) -> bool:
+    return one.keys() == other.keys() and all(
+        one[word].keys() == other[word].keys()
+        and all(torch.equal(one[word][name], other[word][name]) for name in one[word])
+        for word in one
+    )
+
+
+@pytest.mark.parametrize("bundle", [False, True])
+def test_words_travel_beside_an_adapter_or_in_it(tiny_base, make_adapter, tmp_path, bundle):
+    base = tiny_base()
+    metadata = dict(base.family.metadata[base.prediction])
+    words = words_of(base.text_encoders, "zorb", "<my word>/x")
+    adapter = replace(make_adapter(base), metadata=metadata, tokens=words)
+    first, second = tmp_path / "a" / "x.safetensors", tmp_path / "b" / "x.safetensors"
+    write_adapter(adapter, first, bundle=bundle)
+    read = read_adapter(first)
+    assert same_words(read.tokens, adapter.tokens)
+    assert set(read.layers) == set(adapter.layers)
+    write_adapter(read, second, bundle=bundle)
+    files = {path.relative_to(tmp_path / "a"): path.read_bytes() for path in (tmp_path / "a").rglob("*.*")}
+    assert files == {path.relative_to(tmp_path / "b"): path.read_bytes() for path in (tmp_path / "b").rglob("*.*")}
+    beside = sorted(path.name for path in files if path.parent.name == "embeddings")
+    bundled = [key for key in read_header(first).tensors if key.startswith("bundle_emb.")]
+    kinds = ["clip_g", "clip_l"] if "text_encoder_2" in base.text_encoders else ["string_to_param.*"]
+    if bundle:
+        assert beside == []
+        assert sorted(bundled) == [f"bundle_emb.{word}.{kind}" for word in ("<my word>/x", "zorb") for kind in kinds]
+    else:
+        assert bundled == [] and len(beside) == 2
+        assert beside[0].startswith("_my word__x-") and beside[1] == "zorb.safetensors"
+        alone = read_adapter(first.parent / "embeddings" / beside[0])
+        assert same_words(alone.tokens, {"<my word>/x": adapter.tokens["<my word>/x"]}) and alone.layers == {}
+
+
+def test_a_pair_becomes_a_bundle_and_back(tiny_base, make_adapter, tmp_path):
+    base = tiny_base()
+    adapter = replace(make_adapter(base), tokens=words_of(base.text_encoders, "zorb"))
+    write_adapter(adapter, tmp_path / "a.safetensors")
+    write_adapter(read_adapter(tmp_path / "a.safetensors"), tmp_path / "b" / "a.safetensors", bundle=True)
+    write_adapter(read_adapter(tmp_path / "b" / "a.safetensors"), tmp_path / "c" / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "c" / "a.safetensors").read_bytes()
+    assert not (tmp_path / "b" / "embeddings").exists()
+
+
+def test_one_word_alone_is_an_embedding_file(tiny_base, tmp_path):
+    base = tiny_base()
+    metadata = dict(base.family.metadata[base.prediction]) | {"ss_network_dim": "16", "ss_seed": "3"}
+    words = words_of(base.text_encoders, "zorb", dtype=torch.float16)
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    write_adapter(AdapterFile({}, base.family.name, metadata, words), first)
+    header = read_header(first)
+    expected = {"clip_l", "clip_g"} if "text_encoder_2" in base.text_encoders else {"emb_params"}
+    assert header.tensors.keys() == expected
+    assert header.metadata["modelspec.architecture"].endswith("/textual-inversion")
+    assert header.metadata["sdlora_word"] == "zorb" and header.metadata["ss_seed"] == "3"
+    assert "ss_network_dim" not in header.metadata
+    assert header.metadata["sshs_model_hash"] == sha256_of_tensor_data(first)
+    read = read_adapter(first)
+    assert read.family == base.family.name == adapter_family(first)
+    assert same_words(read.tokens, words) and read.layers == {}
+    assert read.token_digests() == {"zorb": sha256_of_tensor_data(first)}
+    write_adapter(read, second)
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.safetensors", "second.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("stem", "word_there", "others"),
+    [("a", "zorb", ["blick.safetensors"]), ("blick", "blick", ["zorb.safetensors"])],
+)
+def test_several_words_without_layers_are_an_embedding_file_each(tmp_path, stem, word_there, others):
+    words = words_of(["text_encoder"], "zorb", "blick")
+    path = tmp_path / f"{stem}.safetensors"
+    write_adapter(AdapterFile({}, "sd1", {}, words), path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([path.name, *others])
+    assert word_files(path, words, with_layers=False)[word_there] == path
+    for word, file in word_files(path, words, with_layers=False).items():
+        assert read_header(file).tensors.keys() == {"emb_params"}
+        assert same_words(read_adapter(file).tokens, {word: words[word]})
+
+
+def test_several_words_without_layers_bundled_are_one_file(tmp_path):
+    words = words_of(["text_encoder"], "zorb", "blick")
+    write_adapter(AdapterFile({}, "sd1", {}, words), tmp_path / "a.safetensors", bundle=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    assert same_words(read_adapter(tmp_path / "a.safetensors").tokens, words)
+
+
+FOREIGN_EMBEDDINGS = {
+    "kohya's": ({"emb_params": (2, 768)}, {}, "my-file", "sd1"),
+    "kohya's for SD2": ({"emb_params": (2, 1024)}, {}, "my-file", "sd2"),
+    "kohya's for SDXL": ({"clip_l": (2, 768), "clip_g": (2, 1280)}, {}, "my-file", "sdxl"),
+    "of unknown width": ({"emb_params": (2, 8)}, {}, "my-file", ""),
+    "of told family": ({"emb_params": (2, 8)}, {"ss_base_model_version": "sd_v2"}, "my-file", "sd2"),
+    "diffusers'": ({"<cat-toy>": (2, 768)}, {}, "<cat-toy>", "sd1"),
+    "diffusers' with dots": ({"<v1.5>": (2, 1024)}, {}, "<v1.5>", "sd2"),
+    "diffusers' of one vector": ({"zorb": (768,)}, {}, "zorb", "sd1"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN_EMBEDDINGS)
+def test_embeddings_of_other_programs_are_read(tmp_path, kind):
+    shapes, metadata, word, family = FOREIGN_EMBEDDINGS[kind]
+    tensors = {key: torch.randn(shape) for key, shape in shapes.items()}
+    save_file(tensors, tmp_path / "my-file.safetensors", metadata)
+    read = read_adapter(tmp_path / "my-file.safetensors")
+    (vectors,) = read.tokens.values()
+    assert (list(read.tokens), read.family, dict(read.layers)) == ([word], family, {})
+    assert adapter_family(tmp_path / "my-file.safetensors") == family
+    encoders = {"clip_g": "text_encoder_2"}
+    for key, tensor in tensors.items():
+        assert torch.equal(vectors[encoders.get(key, "text_encoder")], torch.atleast_2d(tensor))
+
+
+def test_a_bundle_of_another_program_is_read(tmp_path):
+    tensors = {
+        **pair(),
+        "bundle_emb.a.b.string_to_param.*": torch.ones(2, 768),
+        "bundle_emb.c.emb_params": torch.ones(1, 768),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    read = read_adapter(tmp_path / "a.safetensors")
+    assert {word: vectors["text_encoder"].shape for word, vectors in read.tokens.items()} == {
+        "a.b": (2, 768),
+        "c": (1, 768),
+    }
+    assert read.family == "sd1" and set(read.layers) == {PATH}
+
+
+@pytest.fixture
+def couple(tmp_path):
+    """An adapter file with the word "zorb" beside it."""
+    layers = {PATH: LoraLayer(torch.ones(1, 2), torch.ones(2, 1), 1.0)}
+    adapter = AdapterFile(layers, "sd1", {}, words_of(["text_encoder"], "zorb"))
+    write_adapter(adapter, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors", tmp_path / "embeddings" / "zorb.safetensors", adapter
+
+
+def test_a_words_file_may_lie_beside_the_adapter_too(couple):
+    path, beside, adapter = couple
+    beside.rename(path.parent / beside.name)
+    assert same_words(read_adapter(path).tokens, adapter.tokens)
+    other = replace(adapter, tokens=words_of(["text_encoder"], "zorb", count=3))
+    write_adapter(other, path.parent / "b.safetensors")
+    assert beside.is_file()
+    assert same_words(read_adapter(path).tokens, adapter.tokens)  # that of embeddings/ is another's
+
+
+def test_an_adapter_without_its_word_is_refused(couple):
+    path, beside, _ = couple
+    beside.unlink()
+    with pytest.raises(
+        FormatError, match=r"the new word 'zorb', which is not there; put its own zorb\.safetensors"
+    ) as caught:
+        read_adapter(path)
+    assert str(caught.value).startswith(f"{path}: was trained together with") and "\n" not in str(caught.value)
+    assert str(beside.parent) in str(caught.value)
+    write_adapter(AdapterFile({}, "sd1", {}, words_of(["text_encoder"], "zorb", count=3)), beside)
+    with pytest.raises(FormatError, match=r"zorb\.safetensors holds other vectors than it was trained with"):
+        read_adapter(path)
+    beside.write_text("<html>")
+    with pytest.raises(FormatError, match="is a web page"):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize("named", ["[]", "not json", '{"": "ab"}', '{"zorb": 3}', "[" * 100_000])
+def test_words_named_in_no_readable_way_are_refused(tmp_path, named):
+    save_file(pair(), tmp_path / "a.safetensors", {"sdlora_words": named})
+    with pytest.raises(FormatError, match="header entry sdlora_words does not name words"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("word", ["../../secret", "/etc/passwd", "..", "a\\b", "a:b", "x" * 300, "\x00"])
+def test_a_hostile_word_reaches_no_file_elsewhere(tmp_path, word):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    words = words_of(["text_encoder"], word)
+    write_adapter(
+        AdapterFile({PATH: LoraLayer(torch.ones(1, 2), torch.ones(2, 1), 1.0)}, "sd1", {}, words),
+        folder / "x.safetensors",
+    )
+    (written,) = [path for path in tmp_path.rglob("*.safetensors") if path.name != "x.safetensors"]
+    assert written.parent == folder / "embeddings" and len(written.name) < 120
+    assert same_words(read_adapter(folder / "x.safetensors").tokens, words)
+
+
+def test_words_of_nan_are_not_written_and_nothing_changes(couple):
+    path, beside, adapter = couple
+    before = path.read_bytes(), beside.read_bytes()
+    bad = {"zorb": {"text_encoder": torch.full((1, 32), float("inf"))}}
+    with pytest.raises(FormatError, match="word 'zorb' holds NaN or infinity; not written"):
+        write_adapter(replace(adapter, tokens=bad), path)
+    assert (path.read_bytes(), beside.read_bytes()) == before
+    assert json.loads(read_header(path).metadata["sdlora_words"]) == {"zorb": sha256_of_tensor_data(beside)}

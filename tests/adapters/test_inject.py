@@ -8,18 +8,17 @@ from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
 from sdlora.adapters.inject import (
     adapters_off,
     add_adapter,
-    base_weight_norms,
-    extract_adapter,
     has_float32_adapter,
-    load_weights,
-    new_adapter,
     remove_adapter,
     set_adapter_weights,
 )
-from sdlora.adapters.layers import LoraLayer
+from sdlora.adapters.layers import DoraLayer, LoraLayer
+from sdlora.adapters.live import base_weight
+from sdlora.adapters.trainable import new_adapter
 from sdlora.config import AdapterSection
-from sdlora.errors import ConfigError, ModelError
+from sdlora.errors import ModelError
 from sdlora.families.base import Conditioning, PictureSize
+from sdlora.families.words import start_vectors
 from sdlora.storage import read_header
 
 RANK4 = AdapterSection(rank=4, alpha=2.0, targets=("transformer",), text_encoder=True)
@@ -240,77 +239,71 @@ def test_an_adapter_of_unknown_family_is_tried_by_its_layers(tiny_base, make_ada
     assert_different(outputs(base), outputs(tiny_base()))
 
 
-def test_diffusers_own_loader_gives_the_same_output(tiny_base, tiny_folder, make_adapter, tmp_path, shape):
+def loaded_by_diffusers(base, tiny_folder, weights):
+    """The same base with an adapter that diffusers has read from a file or from tensors."""
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder(base.family.name))
+    pipeline.load_lora_weights(weights)
+    encoders = {name: getattr(pipeline, name) for name in base.text_encoders}
+    return replace(base, unet=pipeline.unet, text_encoders=encoders)
+
+
+def test_diffusers_own_loader_gives_the_same_output(tiny_base, tiny_folder, make_adapter, tmp_path):
     base = tiny_base()
     adapter = make_adapter(base, alpha=0.6)
     path = tmp_path / "a.safetensors"
     write_adapter(adapter, path)
     add_adapter(base, "one", read_adapter(path))
     set_adapter_weights(base, {"one": 1.0})
-    pipeline = DiffusionPipeline.from_pretrained(tiny_folder(shape))
-    pipeline.load_lora_weights(str(path))
-    encoders = {name: getattr(pipeline, name) for name in base.text_encoders}
-    theirs = replace(base, unet=pipeline.unet, text_encoders=encoders)
-    assert_close(outputs(base), outputs(theirs))
+    theirs = loaded_by_diffusers(base, tiny_folder, str(path))
+    for our, their in zip(outputs(base), outputs(theirs), strict=True):
+        assert (our - their).abs().max() <= 1e-5
     assert_different(outputs(theirs), outputs(tiny_base()))
 
 
-# --- an adapter to be trained ------------------------------------------------------------------------
+def with_magnitudes(base, adapter: AdapterFile) -> AdapterFile:
+    """The same directions as DoRA, with each row 1.3 times as long as the base's."""
+    return replace(
+        adapter,
+        layers={
+            path: DoraLayer(layer, base_weight(base, path).flatten(1).norm(dim=1) * 1.3)
+            for path, layer in adapter.layers.items()
+        },
+    )
 
 
-def test_a_new_adapter_leaves_the_output_bit_identical(tiny_base):
+def test_diffusers_reads_dora_in_pefts_spelling_and_gives_the_same_output(tiny_base, tiny_folder, make_adapter):
     base = tiny_base()
-    bare = outputs(base)
-    parameters = new_adapter(base, "trained", RANK4, seed=7)
-    assert_same_bits(outputs(base), bare)
-    assert set(parameters) == {"unet", *base.text_encoders}
-    for trained in parameters.values():
-        assert len(trained) % 2 == 0
-        assert all(p.dtype == torch.float32 and p.requires_grad for p in trained)
-    every = [p for _, module in base.components() for p in module.parameters() if p.requires_grad]
-    assert {id(p) for p in every} == {id(p) for trained in parameters.values() for p in trained}
+    adapter = with_magnitudes(base, make_adapter(base))
+    tensors = {}
+    for path, dora in adapter.layers.items():
+        tensors[f"{path}.lora_A.weight"] = dora.lora.down
+        tensors[f"{path}.lora_B.weight"] = dora.lora.up * dora.lora.scale  # without metadata it takes scale 1
+        shape = (1, -1, 1, 1) if dora.lora.down.ndim == 4 else (-1,)
+        tensors[f"{path}.lora_magnitude_vector.weight"] = dora.magnitude.reshape(shape)
+    add_adapter(base, "one", adapter)
+    set_adapter_weights(base, {"one": 1.0})
+    theirs = loaded_by_diffusers(base, tiny_folder, tensors)
+    for our, their in zip(outputs(base), outputs(theirs), strict=True):
+        assert (our - their).abs().max() <= 1e-5
+    assert_different(outputs(theirs), outputs(tiny_base()))
 
 
-def test_a_new_adapter_is_drawn_from_its_seed_alone(tiny_base):
-    def drawn(seed):
-        base = tiny_base()
-        torch.rand(seed + 1)  # the global generator must not matter
-        state = torch.get_rng_state()
-        new_adapter(base, "trained", RANK4, seed)
-        assert torch.equal(torch.get_rng_state(), state)
-        return extract_adapter(base, "trained")
-
-    first, again, other = drawn(1), drawn(1), drawn(2)
-    assert all(torch.equal(first[path].down, again[path].down) for path in first)
-    assert not any(torch.equal(first[path].down, other[path].down) for path in first)
-    assert all(layer.up.count_nonzero() == 0 and layer.alpha == 2.0 and layer.rank == 4 for layer in first.values())
-
-
-def test_gradients_reach_every_trained_weight_and_no_other(tiny_base):
+def test_of_a_kohya_file_diffusers_drops_the_magnitudes(tiny_base, tiny_folder, make_adapter, tmp_path):
+    """As docs/formats.md says."""
     base = tiny_base()
-    parameters = new_adapter(base, "trained", RANK4, seed=7)
-    conditioning = base.family.encode_prompts(base, ["a ball"])
-    size = PictureSize((64, 64), (0, 0), (64, 64))
-    output = base.family.predict(base, torch.randn(1, 4, 8, 8), torch.tensor([5]), conditioning, [size])
-    output.square().mean().backward()
-    ups = [p for trained in parameters.values() for p in trained[1::2]]
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in ups[: len(parameters["unet"]) // 2])
-    assert all(p.grad is None for name, p in base.unet.named_parameters() if ".lora_" not in name)
+    plain = make_adapter(base)
+    path = tmp_path / "a.safetensors"
+    write_adapter(with_magnitudes(base, plain), path)
+    theirs = outputs(loaded_by_diffusers(base, tiny_folder, str(path)))
+    add_adapter(base, "plain", plain)
+    add_adapter(base, "dora", read_adapter(path))
+    set_adapter_weights(base, {"plain": 1.0})
+    assert_close(outputs(base), theirs)
+    set_adapter_weights(base, {"dora": 1.0})
+    assert_different(outputs(base), theirs)
 
 
-def test_targets_that_match_nothing_are_refused(tiny_base):
-    base = tiny_base()
-    with pytest.raises(ConfigError, match=r"adapter\.targets: 'attn3\.\*' matches no layer of this base"):
-        new_adapter(base, "trained", AdapterSection(targets=("attention", "attn3.*")), 0)
-    assert not hasattr(base.unet, "peft_config")
-
-
-def test_switching_weights_keeps_what_is_trained(tiny_base, make_adapter):
-    base = tiny_base()
-    parameters = new_adapter(base, "trained", RANK4, seed=0)
-    for weights in ({}, {"trained": 0.0}, {"trained": 1.0}):
-        set_adapter_weights(base, weights)
-        assert all(p.requires_grad for trained in parameters.values() for p in trained)
+# --- beside adapters that are trained, and words -------------------------------------------------------
 
 
 def test_adapters_off_shows_the_bare_base_and_restores_also_after_an_exception(tiny_base, make_adapter):
@@ -331,18 +324,27 @@ def test_adapters_off_shows_the_bare_base_and_restores_also_after_an_exception(t
     assert_same_bits(outputs(base), bare)
 
 
-def test_extract_write_read_add_gives_the_live_adapters_output(tiny_base, tmp_path, shape):
+def test_adapters_off_hides_new_words_too(tiny_base):
     base = tiny_base()
-    parameters = new_adapter(base, "trained", RANK4, seed=7)
+    bare = text_output(base)
+    base.words = {"ball": {name: vectors + 1 for name, vectors in start_vectors(base, "red", 2).items()}}
+    known = text_output(base)
+    with adapters_off(base):
+        assert torch.equal(text_output(base), bare)
+    assert torch.equal(text_output(base), known) and not torch.equal(known, bare)
+
+
+def test_a_trained_adapter_written_and_read_again_gives_its_very_output(tiny_base, tmp_path, shape):
+    base = tiny_base()
+    trained = new_adapter(base, "trained", RANK4, seed=7)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for trained in parameters.values():
-            for parameter in trained:
-                parameter += torch.randn(parameter.shape, generator=generator) * 0.2
-                parameter.requires_grad_(False)  # torch may multiply by other kernels where gradients are wanted
+        for weight in trained.weights:
+            weight.parameter.add_(torch.randn(weight.parameter.shape, generator=generator) * 0.2)
+            weight.parameter.requires_grad_(False)  # torch may multiply by other kernels where gradients are wanted
     live = outputs(base)
     path = tmp_path / "a.safetensors"
-    write_adapter(AdapterFile(extract_adapter(base, "trained"), shape), path)
+    write_adapter(AdapterFile(trained.layers(), shape), path)
     read = read_adapter(path)
     assert any(p.startswith("text_encoder.text_model.encoder.layers.0.self_attn") for p in read.layers)
     other = tiny_base()
@@ -350,68 +352,30 @@ def test_extract_write_read_add_gives_the_live_adapters_output(tiny_base, tmp_pa
     set_adapter_weights(other, {"file": 1.0})
     assert_same_bits(outputs(other), live)
     assert_different(live, outputs(tiny_base()))
-    again = extract_adapter(other, "file")
-    assert {path: layer.alpha for path, layer in again.items()} == dict.fromkeys(read.layers, 2.0)
-    assert all(torch.equal(again[p].down, layer.down) for p, layer in read.layers.items())
 
 
 @pytest.mark.parametrize("shape", ["sdxl"])
 def test_the_projection_behind_the_second_text_encoder_is_written_as_others_write_it(tiny_base, tmp_path):
     base = tiny_base()
     section = AdapterSection(rank=2, targets=("attn2.to_k",), text_encoder=True, text_encoder_targets=("*",))
-    new_adapter(base, "trained", section, seed=0)
+    trained = new_adapter(base, "trained", section, seed=0)
     path = tmp_path / "a.safetensors"
-    write_adapter(AdapterFile(extract_adapter(base, "trained"), "sdxl"), path)
+    write_adapter(AdapterFile(trained.layers(), "sdxl"), path)
     assert "lora_te2_text_projection.lora_up.weight" in read_header(path).tensors
     read = read_adapter(path)
     assert "text_encoder_2.text_projection" in read.layers
     add_adapter(tiny_base(), "file", read)
 
 
-def test_extracted_layers_are_copies(tiny_base):
+def test_a_base_weight_is_seen_without_the_adapter(tiny_base, make_adapter):
     base = tiny_base()
-    parameters = new_adapter(base, "trained", RANK4, seed=7)
-    layers = extract_adapter(base, "trained")
-    with torch.no_grad():
-        parameters["unet"][0].fill_(9.0)
-    assert all(layer.down.max() < 9.0 for layer in layers.values())
-    assert not any(layer.down.requires_grad for layer in layers.values())
-
-
-def test_load_weights_gives_the_live_adapter_the_saved_weights(tiny_base):
-    base, other = tiny_base(), tiny_base()
-    new_adapter(base, "trained", RANK4, seed=1)
-    new_adapter(other, "trained", RANK4, seed=2)
-    saved = extract_adapter(base, "trained")
-    load_weights(other, "trained", saved)
-    assert all(torch.equal(layer.down, saved[path].down) for path, layer in extract_adapter(other, "trained").items())
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        RANK4.model_copy(update={"rank": 1}),
-        RANK4.model_copy(update={"alpha": 4.0}),
-        RANK4.model_copy(update={"targets": ("attention",)}),
-    ],
-)
-def test_load_weights_refuses_an_adapter_of_another_form(tiny_base, section):
-    base, other = tiny_base(), tiny_base()
-    new_adapter(base, "trained", section, seed=1)
-    new_adapter(other, "trained", RANK4, seed=2)
-    before = extract_adapter(other, "trained")
-    with pytest.raises(ModelError, match="differ in their layers, ranks or alphas"):
-        load_weights(other, "trained", extract_adapter(base, "trained"))
-    assert all(torch.equal(layer.down, before[path].down) for path, layer in extract_adapter(other, "trained").items())
-
-
-def test_base_weight_norms_do_not_see_the_adapter(tiny_base, make_adapter):
-    base = tiny_base()
-    paths = list(make_adapter(base).layers)
-    before = base_weight_norms(base, paths)
-    assert before[paths[0]] == pytest.approx(base.unet.get_submodule(paths[0][5:]).weight.norm().item())
-    add_adapter(base, "one", make_adapter(base))
-    assert base_weight_norms(base, paths) == before
+    adapter = make_adapter(base)
+    path = next(iter(adapter.layers))
+    before = base_weight(base, path).clone()
+    assert torch.equal(before, base.unet.get_submodule(path.removeprefix("unet.")).weight)
+    add_adapter(base, "one", adapter)
+    set_adapter_weights(base, {"one": 1.0})
+    assert torch.equal(base_weight(base, path), before)
 
 
 def test_has_float32_adapter(tiny_base, make_adapter):

@@ -28,12 +28,48 @@ def test_broken_file_is_listed_with_its_reason_and_not_offered(library_folder):
 
 def test_checkpoints_and_models_are_no_adapters(tmp_path):
     (tmp_path / "base.safetensors").write_bytes(safetensors("model.diffusion_model.input_blocks.0.0.weight"))
-    (tmp_path / "vector.safetensors").write_bytes(safetensors("emb_params"))
+    (tmp_path / "vae.safetensors").write_bytes(safetensors("decoder.conv_in.weight"))
+    (tmp_path / "odd.safetensors").write_bytes(safetensors(sdlora_words="[]"))
     problems = {entry.name: entry.problem for entry in Library(tmp_path).unusable()}
     assert problems == {
         "base": "is a whole checkpoint, not an adapter; give it as --base",
-        "vector": "holds no LoRA layers (1 tensors)",
+        "odd": "its header entry sdlora_words does not name words; train or export the adapter again",
+        "vae": "holds no adapter (1 tensors)",
     }
+
+
+@pytest.mark.parametrize(
+    ("tensor", "metadata", "word"),
+    [
+        ("emb_params", {}, "vector"),
+        ("clip_l", {"sdlora_word": "zorb"}, "zorb"),
+        ("<cat-toy>", {"modelspec.trigger_phrase": "other"}, "<cat-toy>"),
+    ],
+)
+def test_an_embedding_is_listed_as_one_with_its_word(tmp_path, tensor, metadata, word):
+    (tmp_path / "vector.safetensors").write_bytes(safetensors(tensor, **metadata))
+    (entry,) = Library(tmp_path).adapters()
+    assert (entry.name, entry.trigger, entry.problem) == ("vector (embedding)", word, "")
+
+
+def test_the_words_beside_an_adapter_are_listed_with_it_alone(tmp_path):
+    """Another's word in the same folder, and one whose adapter is gone, are listed for themselves."""
+    (tmp_path / "run" / "embeddings").mkdir(parents=True)
+    path = tmp_path / "run" / "pair.safetensors"
+    path.write_bytes(safetensors(sdlora_words='{"zorb": "ab"}'))
+    for word in ("zorb", "other"):
+        (tmp_path / "run" / "embeddings" / f"{word}.safetensors").write_bytes(safetensors("emb_params"))
+    library = Library(tmp_path)
+    assert [entry.name for entry in library.adapters()] == ["run/embeddings/other (embedding)", "run/pair"]
+    assert library.unusable() == []
+    path.unlink()
+    assert [entry.trigger for entry in library.adapters()] == ["other", "zorb"]
+
+
+def test_bundles_and_files_that_only_name_words_are_adapters(tmp_path):
+    (tmp_path / "bundle.safetensors").write_bytes(safetensors("bundle_emb.zorb.clip_l"))
+    (tmp_path / "names.safetensors").write_bytes(safetensors("x.y", sdlora_words='{"zorb": "ab"}'))
+    assert [entry.name for entry in Library(tmp_path).adapters()] == ["bundle", "names"]
 
 
 def test_training_state_and_hidden_files_are_not_looked_at(tmp_path):

@@ -49,7 +49,7 @@ def test_flags_go_before_the_file(tmp_path: Path) -> None:
     [
         (["--training.stepz", "5"], "unknown key training.stepz; did you mean training.steps?"),
         (["--learning_rate", "5"], "unknown key learning_rate; did you mean optimizer.learning_rate?"),
-        (["--training.steps", "0"], "training.steps is '0'; input should be greater than 0"),
+        (["--training.steps=-1"], "training.steps is '-1'; input should be greater than or equal to 0"),
         (["--optimizer.learning_rate", "-1e-4"], "optimizer.learning_rate is '-1e-4'"),
         (["--optimizer.learning_rate", "nan"], "optimizer.learning_rate is 'nan'"),
         (["--training.seed", "1.5"], "training.seed is '1.5'"),

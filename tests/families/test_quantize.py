@@ -8,12 +8,11 @@ from sdlora import BaseSection, Engine, load_base, make_request
 from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
 from sdlora.adapters.inject import (
     add_adapter,
-    base_weight_norms,
-    extract_adapter,
-    new_adapter,
     remove_adapter,
     set_adapter_weights,
 )
+from sdlora.adapters.live import base_weight
+from sdlora.adapters.trainable import new_adapter
 from sdlora.config import AdapterSection
 from sdlora.errors import ModelError
 from sdlora.families.base import Conditioning, PictureSize
@@ -81,7 +80,8 @@ def test_an_adapter_over_it_trains_saves_and_acts_alike(quantized, tmp_path, sha
         predict(base)  # as when the prediction type is checked before training
     assert base.weights_sha256() == digest
     section = AdapterSection(rank=4, targets=("transformer",))
-    parameters = new_adapter(base, "trained", section, seed=1)["unet"]
+    trained = new_adapter(base, "trained", section, seed=1)
+    parameters = [weight.parameter for weight in trained.weights]
     assert all(parameter.dtype == torch.float32 for parameter in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     goal = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -96,7 +96,7 @@ def test_an_adapter_over_it_trains_saves_and_acts_alike(quantized, tmp_path, sha
     assert losses[-1] < losses[0]
     assert base.weights_sha256() == digest
     path = tmp_path / "a.safetensors"
-    write_adapter(AdapterFile(extract_adapter(base, "trained"), shape), path)
+    write_adapter(AdapterFile(trained.layers(), shape), path)
     other = quantized(precision=precision)
     bare = predict(other)
     add_adapter(other, "file", read_adapter(path))
@@ -108,14 +108,14 @@ def test_an_adapter_over_it_trains_saves_and_acts_alike(quantized, tmp_path, sha
     assert other.weights_sha256() == digest
 
 
-def test_weight_norms_are_those_of_the_full_weights(quantized):
+def test_a_weight_can_be_had_in_full(quantized):
     base, plain = quantized(), quantized("none")
-    paths = ["unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "unet.conv_in"]
-    norms = base_weight_norms(plain, paths)
-    assert base_weight_norms(base, paths) == pytest.approx(norms, rel=0.05)
-    with torch.no_grad():
-        predict(base)
-    assert base_weight_norms(base, paths) == pytest.approx(norms, rel=0.05)
+    for path in ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "unet.conv_in"):
+        norm = pytest.approx(float(base_weight(plain, path).norm()), rel=0.05)
+        assert float(base_weight(base, path).norm()) == norm
+        with torch.no_grad():
+            predict(base)
+        assert float(base_weight(base, path).norm()) == norm
 
 
 def test_pictures_are_made_with_it_and_the_recipe_says_so(quantized, kind):

@@ -1,1 +1,4 @@
-from every_family import shape  # noqa: F401
+from every_family import shape
+from run_settings import configure, settings
+
+__all__ = ["configure", "settings", "shape"]

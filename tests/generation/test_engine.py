@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from engine_help import ask, make, pixels, same, using
 
 from sdlora.adapters.file import write_adapter
-from sdlora.adapters.inject import new_adapter
+from sdlora.adapters.trainable import new_adapter
 from sdlora.config import AdapterSection, BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationCancelled, GenerationError, ModelError
 from sdlora.families.base import Conditioning, PictureSize
@@ -15,24 +15,7 @@ from sdlora.families.registry import load_base
 from sdlora.generation import engine as engine_module
 from sdlora.generation.engine import Engine, refuse_foreign_adapters
 from sdlora.generation.pictures import read_recipe, save_picture
-from sdlora.generation.request import make_request
 from sdlora.storage import sha256_of_file, sha256_of_tensor_data
-
-
-def ask(**values):
-    return make_request(**{"prompt": "a red ball", "negative_prompt": "blue", "steps": 2, **values})
-
-
-def pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture).astype(int)
-
-
-def make(engine: Engine, request, **options) -> list[np.ndarray]:
-    return [pixels(picture) for picture, _ in engine.generate(request, **options)]
-
-
-def same(one, other) -> bool:
-    return len(one) == len(other) and all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.fixture
@@ -48,10 +31,6 @@ def adapters(tiny_base, make_adapter, tmp_path) -> list[str]:
         write_adapter(make_adapter(base, seed=seed, alpha=4.0), tmp_path / f"adapter{seed}.v1.safetensors")
         paths.append(str(tmp_path / f"adapter{seed}.v1.safetensors"))
     return paths
-
-
-def using(*choices: tuple[str, float]):
-    return tuple({"path": path, "weight": weight} for path, weight in choices)
 
 
 def test_the_same_request_gives_the_same_pixels_and_another_seed_others(engine, tiny_base):
@@ -240,10 +219,10 @@ def test_one_file_by_two_names_is_refused(engine, adapters, tmp_path):
 def test_a_live_adapter_acts_in_every_picture_also_after_errors(tiny_base, adapters, tmp_path):
     base = tiny_base()
     bare = make(Engine(base), ask())
-    parameters = new_adapter(base, "live", AdapterSection(rank=2), 0)
+    trained = new_adapter(base, "live", AdapterSection(rank=2), 0)
     with torch.no_grad():
-        for parameter in parameters["unet"]:
-            parameter.fill_(0.2)
+        for weight in trained.weights:
+            weight.parameter.fill_(0.2)
     engine = Engine(base, live_adapters={"live": 1.0})
     live = make(engine, ask())
     assert not same(live, bare)

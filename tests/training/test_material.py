@@ -16,7 +16,7 @@ from sdlora.data.cache_folder import data_cache
 from sdlora.data.store import Together
 from sdlora.errors import ConfigError, DataError
 from sdlora.generation.pictures import read_recipe
-from sdlora.training.material import Material, open_data, prepare_material
+from sdlora.training.material import Material, open_data, possible_texts, prepare_material
 
 
 @pytest.fixture
@@ -119,6 +119,40 @@ def test_what_the_text_encoder_does_not_see_is_said(prepare: Any, settings: Any)
     (Path(settings["data"]["folder"]) / "0.txt").write_text("wall " * 90, encoding="utf-8")
     _, said = prepare()
     assert any("captions are longer than the text encoder sees; the longest loses its last" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("values", "lost"),
+    [
+        ({"adapter__text_encoder": True}, 4),
+        ({"tokens": {"train": "together"}}, 4),
+        ({"tokens": {"train": "together", "vectors": 10}}, 12),
+    ],
+)
+def test_so_it_is_where_texts_are_encoded_in_every_step(
+    prepare: Any, settings: Any, values: dict[str, Any], lost: int, tiny_base: Any
+) -> None:
+    base = tiny_base()
+    (own,) = {len(base.tokenizers["text_encoder"]("zorb", add_special_tokens=False).input_ids)}
+    wall = len(base.tokenizers["text_encoder"]("wall", add_special_tokens=False).input_ids)
+    walls = 75 // wall + 1
+    (Path(settings["data"]["folder"]) / "0.txt").write_text("zorb " + "wall " * walls, encoding="utf-8")
+    _, said = prepare(**values)
+    over = values.get("tokens", {}).get("vectors", own) + walls * wall - 75
+    assert any("1 of 2 captions are longer" in line and f"loses its last {over} tokens" in line for line in said), said
+
+
+def test_texts_that_may_come_are_all_of_them_but_those_of_prior_pictures(configure: Any, settings: Any) -> None:
+    folder = Path(settings["data"]["folder"])
+    (folder / "0.txt").write_text("a {red|blue} ball\nanother [trigger]", encoding="utf-8")
+    others = settings["validation"]["folder"]
+    (Path(others) / "0.txt").write_text("something else", encoding="utf-8")
+    config = configure(
+        data__prior__folder=others, data__captions={"wildcards": True, "variants": 1}, validation__folder=""
+    )
+    texts = [*possible_texts(open_data(config).training, 0)]
+    assert texts[:6] == ["a red ball", *["a zorb on a wall"] * 5]
+    assert set(texts) == {"a red ball", "a blue ball", "another zorb", "a zorb on a wall"}
 
 
 def test_the_next_run_finds_everything_in_the_cache(prepare: Any) -> None:

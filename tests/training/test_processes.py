@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from encoded import encode, encode_texts, picture_files
 
-from sdlora.adapters.inject import new_adapter
+from sdlora.adapters.trainable import new_adapter
 from sdlora.config import write_config
 from sdlora.data.cache_folder import data_cache
 from sdlora.diffusion import seed_from
 from sdlora.training.events import read_events
 from sdlora.training.material import Material
-from sdlora.training.objective import batch_loss, training_generator
+from sdlora.training.objective import batch_loss, prepare_batch, training_generator
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,12 +39,14 @@ def test_two_processes_average_their_gradients_and_write_once(configure: Any, ti
     base = tiny_base()
     examples = encode(base, config.data)
     texts = encode_texts(base, [example.sample.caption for example in examples])
-    parameters = new_adapter(base, "trained", config.adapter, seed_from(config.training.seed, "adapter"))["unet"]
+    adapter = new_adapter(base, "trained", config.adapter, seed_from(config.training.seed, "adapter"))
     material = Material(config, examples, (), "", texts=texts)
     for rank in range(2):
         turns, full = material.batch(rank)
-        batch_loss(base, turns, full, texts, config, training_generator(config, rank, 0)).backward()
-    sums = [float(parameter.grad.square().sum()) for parameter in parameters if parameter.grad is not None]
+        drawn = prepare_batch(base, turns, full, config, training_generator(config, rank, 0))
+        batch_loss(base, drawn, texts, config).backward()
+    gradients = [weight.parameter.grad for weight in adapter.weights]
+    sums = [float(gradient.square().sum()) for gradient in gradients if gradient is not None]
     assert steps[0]["gradient_norm"] == pytest.approx(math.sqrt(sum(sums)) / 2, rel=1e-3)
     assert steps[0]["examples_seen"] == sum(len(material.batch(rank)[0]) for rank in range(2))
     shards = picture_files(data_cache(config.data))

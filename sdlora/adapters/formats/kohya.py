@@ -1,8 +1,8 @@
 """The format of kohya's trainer, which AUTOMATIC1111, Forge, ComfyUI and InvokeAI read.
 
-`<prefix>_<module path, dots as underscores>.{lora_down.weight, lora_up.weight, alpha}`; prefix
-`lora_unet` for the UNet, `lora_te` for the text encoder of SD 1.x and 2.x, `lora_te1` and `lora_te2` for
-those of SDXL. SDXL's UNet modules go by their names in the original code, the others' by diffusers'.
+`<prefix>_<module path, dots as underscores>.{lora_down.weight, lora_up.weight, alpha}`, or another kind's suffixes
+(kohya_layers.py); prefix `lora_unet` for the UNet, `lora_te` for the text encoder of SD 1.x and 2.x, `lora_te1` and
+`lora_te2` for those of SDXL. SDXL's UNet modules go by their names in the original code, the others' by diffusers'.
 alpha is a 0-d tensor; a missing one means scale 1.
 """
 
@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 
+from sdlora.adapters.formats.kohya_layers import SUFFIXES, WEIGHT_SUFFIXES, input_width, layer_of, parts_of
 from sdlora.adapters.formats.ldm_names import from_ldm, to_ldm
-from sdlora.adapters.layers import LoraLayer
+from sdlora.adapters.layers import AdapterLayer
 from sdlora.errors import FormatError
 from sdlora.storage import serialize_tensors
 
@@ -31,7 +31,6 @@ _COMPONENTS = {_UNET: "unet"} | {
 }
 _LDM_KEYED = ("sdxl",)
 _LDM_BLOCKS = tuple(f"{_UNET}{name}_" for name in ("input_blocks", "middle_block", "output_blocks"))
-_SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 # Module names that hold underscores themselves; everything else between underscores is one step of the path.
 _COMPOUND = (
     "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "time_emb_proj", "conv_shortcut", "proj_in",
@@ -44,8 +43,8 @@ _STEP = re.compile("|".join((*sorted(_COMPOUND, key=len, reverse=True), "[A-Za-z
 
 
 def recognises(keys: Iterable[str]) -> bool:
-    """Return whether the keys are kohya's: at least one complete-looking LoRA tensor."""
-    return any(key.startswith(tuple(_COMPONENTS)) and key.endswith(_SUFFIXES[:2]) for key in keys)
+    """Return whether the keys are kohya's: at least one tensor of a known kind of adapter."""
+    return any(key.startswith(tuple(_COMPONENTS)) and key.partition(".")[2] in WEIGHT_SUFFIXES for key in keys)
 
 
 def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str:
@@ -60,42 +59,46 @@ def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
         return "sdxl"
     if metadata.get("ss_v2") == "True" or "sd_v2" in version or "stable-diffusion-v2" in version:
         return "sd2"
-    widths = {
-        shape[1] for key, shape in shapes.items() if key.endswith("attn2_to_k.lora_down.weight") and len(shape) > 1
-    }
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        name, _, suffix = key.partition(".")
+        if name.endswith("attn2_to_k"):
+            layers.setdefault(name, {})[suffix] = shape
+    widths = {input_width(parts) for parts in layers.values()}
     by_width = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     if len(widths) == 1 and (width := widths.pop()) in by_width:
         return by_width[width]
     return "sd1" if "sd_v1" in version or "stable-diffusion-v1" in version else ""
 
 
-def read(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, LoraLayer], tuple[str, ...]]:
-    """Return the layers and the keys that are none of the format's. Raises FormatError for half pairs."""
+def read(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, AdapterLayer], tuple[str, ...]]:
+    """Return the layers and the keys that are none of the format's.
+
+    Raises FormatError for a layer that lacks a part or whose parts do not fit each other.
+    """
     groups: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
     for key in sorted(tensors):
         name, _, suffix = key.partition(".")
-        if suffix in _SUFFIXES and name.startswith(tuple(_COMPONENTS)) and _leads_back(name):
+        if suffix in SUFFIXES and name.startswith(tuple(_COMPONENTS)) and _leads_back(name):
             groups.setdefault(name, {})[suffix] = tensors[key]
         else:
             unknown.append(key)
-    layers: dict[str, LoraLayer] = {}
+    layers: dict[str, AdapterLayer] = {}
     for name, parts in groups.items():
         path = module_path(name)
         if path in layers:
             raise FormatError(f"{name} names a layer that the file holds under another name too")
-        layers[path] = _layer(name, parts)
+        layers[path] = layer_of(name, parts)
     return layers, tuple(unknown)
 
 
-def write(layers: Mapping[str, LoraLayer], family: str) -> dict[str, torch.Tensor]:
+def write(layers: Mapping[str, AdapterLayer], family: str) -> dict[str, torch.Tensor]:
     """Return the tensors of the file, alpha as stored by the format, a 0-d tensor of the weights' type."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path, layer in layers.items():
         name = key_name(path, family)
-        tensors[f"{name}.lora_down.weight"] = layer.down
-        tensors[f"{name}.lora_up.weight"] = layer.up
-        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=layer.down.dtype)
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in parts_of(layer).items()}
     return tensors
 
 
@@ -149,23 +152,3 @@ def hashes(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         "sshs_model_hash": hashlib.sha256(data[behind_header:]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
     }
-
-
-def _layer(name: str, parts: Mapping[str, Any]) -> LoraLayer:
-    missing = [suffix for suffix in _SUFFIXES[:2] if suffix not in parts]
-    if missing:
-        raise FormatError(f"{name} has no {missing[0]}; the file is incomplete")
-    down, up = parts["lora_down.weight"], parts["lora_up.weight"]
-    if not (
-        down.ndim in (2, 4) and up.ndim == down.ndim and up.shape[1] == down.shape[0] > 0 and set(up.shape[2:]) <= {1}
-    ):
-        raise FormatError(f"{name} has shapes down {tuple(down.shape)} and up {tuple(up.shape)}, which make no pair")
-    if not (down.is_floating_point() and up.is_floating_point()):
-        raise FormatError(f"{name} holds {down.dtype} and {up.dtype}; expected floating-point numbers")
-    alpha = parts.get("alpha")
-    if alpha is not None and alpha.numel() != 1:
-        raise FormatError(f"{name}.alpha has {alpha.numel()} numbers; expected one")
-    value = float(down.shape[0]) if alpha is None else float(alpha)
-    if not (-1e6 < value < 1e6):
-        raise FormatError(f"{name}.alpha is {value}; expected a finite number")
-    return LoraLayer(down, up, value)

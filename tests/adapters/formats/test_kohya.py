@@ -153,7 +153,8 @@ def test_what_makes_no_layer_is_refused(tensors, sentence):
 
 def test_read_names_what_it_does_not_know():
     extra = {
-        "lora_unet_conv_in.dora_scale": torch.ones(4),
+        "lora_unet_conv_in.diff_b": torch.ones(4),
+        "lora_unet_conv_in.oft_blocks": torch.ones(2, 2, 2),
         "bundle_emb.cat.string_to_param.*": torch.ones(1, 8),
         **pair("lora_unet_mid__block_x"),
         **pair("lora_unet_input_blocks_3_1_proj_in"),

@@ -1,0 +1,216 @@
+"""What acts beside a base's layers: a forward hook on each adds the adapters' share to its output.
+
+Nothing of the layer itself is wrapped, replaced or written, so its weights stay as they are in any precision,
+quantised ones too, and peft may wrap the layer as well. A branch always sees the bare layer's output, so that
+the order of adapters does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sdlora.adapters.layers import AdapterLayer, DeltaLayer, DenseLayer, DoraLayer, LoraLayer
+from sdlora.families.base import LoadedBase
+from sdlora.families.quantize import full_weight
+
+
+class Branch(Protocol):
+    """One adapter beside one layer."""
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return the tensors that it holds."""
+        ...
+
+    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: float) -> torch.Tensor:
+        """Return what is added to `output`, which the bare layer gave for `inputs`."""
+        ...
+
+
+def branch_of(layer: nn.Module, adapter: AdapterLayer, base: LoadedBase) -> Branch:
+    """Return the branch that acts beside the bare `layer` as `adapter`'s update of its weight.
+
+    Its tensors are on the base's device, in the base's precision.
+    """
+    if isinstance(adapter, DoraLayer):
+        return _DoraBranch(layer, adapter, base)
+    assert isinstance(adapter, DeltaLayer)
+    if isinstance(adapter, LoraLayer) and adapter.mid is None and getattr(layer, "groups", 1) == 1:
+        return _LoraBranch(layer, adapter, base)
+    if isinstance(adapter, DenseLayer):
+        return DenseBranch(layer, adapter.delta.to(base.device, base.dtype).reshape(_weight_shape(layer)))
+    return _DeltaBranch(layer, adapter, base)
+
+
+def attach(layer: nn.Module, name: str, branch: Branch) -> None:
+    """`branch` is in place beside the bare `layer` under `name`, not yet active."""
+    (_find(layer) or _Branches(layer)).members[name] = branch
+
+
+def detach(base: LoadedBase, name: str) -> None:
+    """`name` is gone; a layer without branches has no hook either."""
+    for branches in list(_all(base)):
+        branches.members.pop(name, None)
+        branches.strengths.pop(name, None)
+        if not branches.members:
+            branches.handle.remove()
+
+
+def set_strengths(base: LoadedBase, strengths: Mapping[str, float]) -> None:
+    """Exactly the branches of `strengths` act, each times its strength."""
+    for branches in _all(base):
+        branches.strengths = {name: value for name, value in strengths.items() if name in branches.members and value}
+
+
+@contextmanager
+def branches_off(base: LoadedBase) -> Iterator[None]:
+    """Inside, no branch acts; afterwards all do as before."""
+    changed = [(branches, branches.strengths) for branches in _all(base)]
+    try:
+        for branches, _ in changed:
+            branches.strengths = {}
+        yield
+    finally:
+        for branches, strengths in changed:
+            branches.strengths = strengths
+
+
+def branch_tensors(base: LoadedBase) -> Iterator[torch.Tensor]:
+    """Yield the tensors of all branches."""
+    for branches in _all(base):
+        for branch in branches.members.values():
+            yield from branch.tensors()
+
+
+class DenseBranch:
+    """Adds what the layer would give with the weight `delta`, of the weight's shape, and without bias."""
+
+    def __init__(self, layer: nn.Module, delta: torch.Tensor) -> None:
+        self.layer, self.delta = layer, delta
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.delta,)
+
+    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: float) -> torch.Tensor:
+        return _apply(self.layer, inputs, self.delta) * strength
+
+
+class _DeltaBranch:
+    """Forms the update from its factors in float32 for each pass, which costs time instead of memory."""
+
+    def __init__(self, layer: nn.Module, adapter: DeltaLayer, base: LoadedBase) -> None:
+        self.layer, self.adapter = layer, _cast(adapter, base)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.adapter.tensors()
+
+    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: float) -> torch.Tensor:
+        with torch.autocast(inputs.device.type, enabled=False):
+            delta = self.adapter.delta_weight().reshape(_weight_shape(self.layer))
+        return _apply(self.layer, inputs, delta.to(self.adapter.tensors()[0].dtype)) * strength
+
+
+class _LoraBranch:
+    """Two narrow products; of a convolution the first has the layer's stride and padding, the second is 1 x 1."""
+
+    def __init__(self, layer: nn.Module, adapter: LoraLayer, base: LoadedBase) -> None:
+        out, *inside = _weight_shape(layer)
+        adapter = _cast(adapter, base)
+        kernel = (1, 1) if isinstance(layer, nn.Conv2d) else ()
+        self.layer, self.alpha, self.rank = layer, adapter.alpha, adapter.rank
+        self.down = adapter.down.reshape(adapter.rank, *inside)
+        self.up = adapter.up.reshape(out, adapter.rank, *kernel)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.down, self.up)
+
+    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: float) -> torch.Tensor:
+        narrow = _apply(self.layer, inputs, self.down)
+        wide = functional.conv2d(narrow, self.up) if self.up.ndim == 4 else functional.linear(narrow, self.up)
+        return wide * (strength * self.alpha / self.rank)
+
+
+class _DoraBranch:
+    """Adds DoRA(W, delta-W) - W, its norms taken once, at the full weight."""
+
+    def __init__(self, layer: nn.Module, adapter: DoraLayer, base: LoadedBase) -> None:
+        weight = full_weight(layer).to(base.device)
+        exact = _cast(adapter.lora, base, torch.float32)
+        gain = replace(adapter, lora=exact, magnitude=adapter.magnitude.to(base.device)).gain(weight)
+        gain = gain.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else gain.flatten()
+        self.layer, self.by_column = layer, adapter.by_column
+        self.inner = branch_of(layer, adapter.lora, base)
+        # Both kept, because gain is near 1 and half precision would lose what it differs by.
+        self.gain, self.excess = gain.to(base.dtype), (gain - 1).to(base.dtype)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.inner.tensors(), self.gain, self.excess)
+
+    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: float) -> torch.Tensor:
+        if self.by_column:  # (W + delta-W)(g x) - W x
+            layer: Any = self.layer
+            without_hooks = self._without_bias(layer.forward(inputs * self.excess))
+            return (without_hooks + self.inner(inputs * self.gain, output, 1.0)) * strength
+        return (self.excess * self._without_bias(output) + self.gain * self.inner(inputs, output, 1.0)) * strength
+
+    def _without_bias(self, output: torch.Tensor) -> torch.Tensor:
+        bias: Any = self.layer.bias
+        if bias is None:
+            return output
+        return output - (bias[:, None, None] if isinstance(self.layer, nn.Conv2d) else bias)
+
+
+class _Branches:
+    """The hook of one layer: the branches beside it, and how strongly each acts."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.members: dict[str, Branch] = {}
+        self.strengths: dict[str, float] = {}
+        self.handle = layer.register_forward_hook(self)
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        result = output
+        for name, strength in self.strengths.items():
+            result = result + self.members[name](inputs[0], output, strength).to(output.dtype)
+        return result
+
+
+def _all(base: LoadedBase) -> Iterator[_Branches]:
+    for _, module in base.components():
+        yield from (found for layer in module.modules() if (found := _find(layer)))
+
+
+def _find(layer: nn.Module) -> _Branches | None:
+    return next((hook for hook in layer._forward_hooks.values() if isinstance(hook, _Branches)), None)
+
+
+def _apply(layer: Any, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return what the layer would give with that weight and without bias."""
+    inputs = inputs.to(weight.dtype)
+    if isinstance(layer, nn.Conv2d):  # with its stride, padding, dilation and groups
+        return layer._conv_forward(inputs, weight, None)
+    return functional.linear(inputs, weight)
+
+
+def _weight_shape(layer: Any) -> tuple[int, ...]:
+    """Return the shape of a layer's weight, in whatever form it is held."""
+    if isinstance(layer, nn.Conv2d):
+        return tuple(layer.weight.shape)
+    return (layer.out_features, layer.in_features)
+
+
+def _cast(adapter: Any, base: LoadedBase, dtype: torch.dtype | None = None) -> Any:
+    """Return it with all tensors on the base's device, in `dtype` or the base's."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cast(part) for part in value)
+        return value.to(base.device, dtype or base.dtype) if isinstance(value, torch.Tensor) else value
+
+    return replace(adapter, **{field.name: cast(getattr(adapter, field.name)) for field in fields(adapter)})

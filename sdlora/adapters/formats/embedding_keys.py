@@ -1,0 +1,64 @@
+"""By what an embedding, or an adapter with new words, is known from its header alone. Needs no torch, so that listing is quick."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+
+from sdlora.errors import FormatError
+
+WORD, WORDS = "sdlora_word", "sdlora_words"
+"""Header entries: of an embedding its word; of an adapter the words beside it, JSON {word: digest of its vectors}."""
+EMBEDDINGS = "embeddings"
+"""Folder beside an adapter that holds its new words."""
+ENCODERS = {
+    "emb_params": "text_encoder",
+    "string_to_param.*": "text_encoder",
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+}
+"""What a word's tensors are called -> the text encoder that they are for."""
+BUNDLE = "bundle_emb."
+"""How the tensors of a word inside an adapter file begin."""
+
+_ODD = re.compile(r"[^\w. -]")
+_LONGEST_NAME = 80
+
+
+def is_embedding(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether a file with tensors of these shapes is the embedding of one word."""
+    return (bool(shapes) and shapes.keys() <= ENCODERS.keys()) or bool(only_word(shapes))
+
+
+def only_word(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the name of a file's only tensor where it is a word, as in diffusers' embeddings, else ""."""
+    if len(shapes) != 1:
+        return ""
+    ((name, shape),) = shapes.items()
+    plain = "." not in name or (name.startswith("<") and name.endswith(">"))
+    return name if plain and name.strip() and name not in ENCODERS and len(shape) in (1, 2) else ""
+
+
+def word_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], stem: str) -> str:
+    """Return the word of an embedding file, which its name tells where its content does not."""
+    return (only_word(shapes) or metadata.get(WORD) or stem).strip()
+
+
+def named_words(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return {word: digest} of the words that an adapter has beside it. Raises FormatError for unreadable ones."""
+    try:
+        named = json.loads(metadata.get(WORDS, "{}"))
+        if not all(word.strip() and isinstance(value, str) for word, value in named.items()):
+            raise ValueError("no words")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"its header entry {WORDS} does not name words; train or export the adapter again") from error
+    return dict(named)
+
+
+def file_name(word: str) -> str:
+    """Return the name of a word's file: the word itself, where it is fit for one."""
+    safe = _ODD.sub("_", word).strip(". ")[:_LONGEST_NAME]
+    unlike = "" if safe == word else f"-{hashlib.sha256(word.encode()).hexdigest()[:8]}"
+    return f"{safe}{unlike}.safetensors"
