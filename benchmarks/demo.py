@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from judge import Judge, follows, is_concept
+from exam import Exam, Pictures
 from PIL import Image, ImageDraw, ImageFont
 
-from sdlora import BaseSection, Engine, RunResult, SdloraError, load_config, make_request, parse_config, train
-from sdlora.assets import EXAMPLE_CONCEPT, scenes
+from sdlora import BaseSection, Engine, RunResult, SdloraError, load_config, parse_config, train
+from sdlora.assets import EXAMPLE_CONCEPT
 from sdlora.errors import GenerationError
 from sdlora.families.quantize import weight_bytes
 from sdlora.quiet import quiet_libraries
 from sdlora.storage import check_writable, write_bytes, write_json
 
 _CONFIG = Path(__file__).parents[1] / "train" / "example.toml"
-_STEPS, _GUIDANCE = 10, 3.0
-_PROMPTS, _SEEDS_EACH = 32, 2
-_JUDGED = _PROMPTS * _SEEDS_EACH
 _SHOWN = (
     "a zorblin on a beach",
     "a zorblin in the night sky",
@@ -38,12 +33,6 @@ _SHOWN = (
     "a red heart on a white wall",
     "a blue fish on a beach",
 )
-
-_OPENINGS = ("a", "a photo of a", "a picture of a", "a small", "a big")
-
-Pictures = list[Image.Image]
-Make = Callable[[Sequence[tuple[str, int]], float | None, int], Pictures]
-"""Pictures of (prompt, first seed) pairs, so many seeds each; the adapter's weight, or None for the bare base."""
 
 
 def main() -> int:
@@ -75,11 +64,11 @@ def _demo(out: Path, base: BaseSection) -> int:
     judged = time.perf_counter()
 
     print("3/3  the before/after picture")
-    make = _maker(Engine(base), result.adapter)
+    exam = Exam(Engine(base), result.adapter)
     shown = [(prompt, 7 + column) for column, prompt in enumerate(_SHOWN)]
-    bare = make(shown, None, 1)
-    _check_weight_zero(bare, make(shown, 0.0, 1))
-    picture = _sheet(bare, make(shown, 1.0, 1))
+    bare = exam.draw(shown, None, 1)
+    _check_weight_zero(bare, exam.draw(shown, 0.0, 1))
+    picture = _sheet(bare, exam.draw(shown, 1.0, 1))
     report["weight_zero_is_the_base"] = True
     finished = time.perf_counter()
     report["seconds"] = {
@@ -103,51 +92,15 @@ def _config(out: Path, base: BaseSection) -> Any:
     return parse_config(values, str(_CONFIG))
 
 
-def _maker(engine: Engine, adapter: Path) -> Make:
-    def make(asked: Sequence[tuple[str, int]], weight: float | None, seeds_each: int) -> Pictures:
-        chosen = [] if weight is None else [{"path": str(adapter), "weight": weight}]
-        pictures: Pictures = []
-        for prompt, seed in asked:
-            request = make_request(
-                prompt=prompt,
-                seed=seed,
-                count=seeds_each,
-                steps=_STEPS,
-                guidance_scale=_GUIDANCE,
-                adapters=chosen,
-            )
-            pictures += [picture for picture, _ in engine.generate(request, batch_size=seeds_each)]
-        return pictures
-
-    return make
-
-
 def _judge(result: RunResult, base: BaseSection) -> dict[str, Any]:
     """Return the report's measurements: 64 pictures with the trigger and 64 without, twice each."""
     engine = Engine(base)
-    make = _maker(engine, result.adapter)
-    judge = Judge.load()
-    with_trigger = [
-        (f"{_OPENINGS[number % len(_OPENINGS)]} {scenes.CONCEPT} {place}", 1000 + number * _SEEDS_EACH)
-        for number, place in zip(range(_PROMPTS), itertools.cycle(scenes.PLACES.values()), strict=False)
-    ]
-    held_out = scenes.held_out_prompts(_PROMPTS, seed=2)
-    without_trigger = [(text, 2000 + number * _SEEDS_EACH) for number, (text, _) in enumerate(held_out)]
-    wanted = [scene for _, scene in held_out for _ in range(_SEEDS_EACH)]
-
-    def concept_share(weight: float | None) -> float:
-        verdicts = judge.classify(make(with_trigger, weight, _SEEDS_EACH))
-        return sum(map(is_concept, verdicts)) / _JUDGED
-
-    def following(weight: float | None) -> float:
-        verdicts = judge.classify(make(without_trigger, weight, _SEEDS_EACH))
-        return sum(follows(verdict, scene) for verdict, scene in zip(verdicts, wanted, strict=True)) / _JUDGED
-
+    exam = Exam(engine, result.adapter)
     sha256_before, unet_bytes = engine.weights_sha256(), weight_bytes(engine.base.unet)
     return {
         "held_out_loss": {"before": result.loss_before, "after": result.loss_after},
-        "concept_share": {"without": concept_share(None), "with": concept_share(1.0)},
-        "prompt_following": {"before": following(None), "after": following(1.0)},
+        "concept_share": {"without": exam.concept_share(None), "with": exam.concept_share(1.0)},
+        "prompt_following": {"before": exam.following(None), "after": exam.following(1.0)},
         "unet_bytes": unet_bytes,
         "base_sha256": {"before": sha256_before, "after": engine.weights_sha256()},
         "adapter": str(result.adapter),
