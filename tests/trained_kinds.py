@@ -1,9 +1,5 @@
 """Every kind of adapter that can be trained, and a model's outputs with one."""
 
-import copy
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
 
 from sdlora.adapters.trainable import TrainedAdapter, new_adapter
@@ -27,19 +23,6 @@ KINDS = {
 EVERYWHERE = [("sd1", kind) for kind in KINDS] + [(s, k) for s in ("sd2", "sdxl") for k in ("locon", "dora", "lokr")]
 """(family, kind) pairs: every kind in one family, and in the others those that look at the layers' shapes most."""
 SIZE = PictureSize((64, 64), (0, 0), (64, 64))
-
-
-_LOADED: dict[str, LoadedBase] = {}
-
-
-def copied(tiny_base: Callable[[], LoadedBase], shape: str) -> Callable[[], LoadedBase]:
-    """What the fixture `tiny_base` does, but with copies of what was loaded once, for tests that need very many."""
-    if shape not in _LOADED:
-        _LOADED[shape] = tiny_base()
-    loaded = _LOADED[shape]
-    return lambda: replace(
-        loaded, unet=copy.deepcopy(loaded.unet), text_encoders=copy.deepcopy(loaded.text_encoders), vae=None
-    )
 
 
 def section(kind: str = "lora", **settings) -> AdapterSection:

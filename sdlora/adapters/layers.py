@@ -36,10 +36,6 @@ class AdapterLayer(ABC):
     def update_of(self, weight: torch.Tensor) -> torch.Tensor:
         """Return what is added to the base weight `weight` at strength 1, in its shape, float32."""
 
-    def update_norm(self, weight: torch.Tensor) -> float:
-        """Return the Frobenius norm of that."""
-        return float(self.update_of(weight).norm())
-
 
 class DeltaLayer(AdapterLayer):
     """An update that does not depend on the base weight."""
@@ -55,10 +51,6 @@ class DeltaLayer(AdapterLayer):
     def update_of(self, weight: torch.Tensor) -> torch.Tensor:
         """Return delta-W in the shape of `weight`."""
         return self.delta_weight().reshape(weight.shape)
-
-    def update_norm(self, weight: torch.Tensor) -> float:
-        """Return the Frobenius norm of delta-W."""
-        return self.delta_norm()
 
 
 @dataclass(frozen=True)

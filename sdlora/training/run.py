@@ -33,7 +33,7 @@ from sdlora.training.checks import check_against_base
 from sdlora.training.effect import Effect
 from sdlora.training.events import EventLog
 from sdlora.training.loop import TrainingLoop
-from sdlora.training.material import ClassPictures, OpenedData, open_data, prepare_material, trains_texts
+from sdlora.training.material import ClassPictures, Material, OpenedData, open_data, prepare_material, trains_texts
 from sdlora.training.objective import EncodedTexts
 from sdlora.training.optim import Optimization
 from sdlora.training.progress import ProgressView
@@ -143,33 +143,11 @@ def _train(
         preview = None
         base.drop_encoders(keep_text=trains_texts(config))
     with _timed(seconds, "load"):
-        base.fetch_unet()
-    if config.objective.zero_terminal_snr:
-        rescale_to_zero_snr(base)
-    timestep_tables(base.alphas_cumprod, base.prediction, config.objective)  # wrong weights are found before step 1
+        _fetch_unet(config, base)
     for note in base.notes:
         view.say(note)
     warning = _check_prediction(base, material.examples, material.texts)
-    trainee = new_trainee(base, config)
-    if config.training.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-    optimization = Optimization(
-        config.optimizer, config.tokens, config.training.ema_decay, trainee.weights, config.training.steps
-    )
-    for note in optimization.notes:
-        view.say(note)
-    loop = TrainingLoop(
-        config=config,
-        base=base,
-        material=material,
-        trainee=trainee,
-        optimization=optimization,
-        accelerator=accelerator,
-        events=events,
-        preview=_sampler(config, base, preview),
-        view=view,
-        identity=run_identity(config, base.source.sha256, material.identity, accelerator.num_processes),
-    )
+    loop = _make_loop(base, material, accelerator, events, preview, view)
     if config.training.resume:
         loop.restore(load_newest_state(folder / "checkpoints", loop.identity))
         view.say(f"resuming after step {loop.step}")
@@ -193,6 +171,46 @@ def _train(
         seconds={key: round(value, 3) for key, value in seconds.items()},
         main_process=accelerator.is_main_process,
         embeddings=_embeddings(config, outcome.adapter),
+    )
+
+
+def _fetch_unet(config: TrainConfig, base: LoadedBase) -> None:
+    """The UNet's weights and the schedule are as training has them. Raises ConfigError for what they do not allow."""
+    base.fetch_unet()
+    if config.objective.zero_terminal_snr:
+        rescale_to_zero_snr(base)
+    timestep_tables(base.alphas_cumprod, base.prediction, config.objective)  # wrong weights are found before step 1
+
+
+def _make_loop(
+    base: LoadedBase,
+    material: Material,
+    accelerator: Accelerator,
+    events: EventLog,
+    preview: Preview | None,
+    view: ProgressView,
+) -> TrainingLoop:
+    """Return the loop before its first step, what it trains in place in the base."""
+    config = material.config
+    trainee = new_trainee(base, config)
+    if config.training.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    optimization = Optimization(
+        config.optimizer, config.tokens, config.training.ema_decay, trainee.weights, config.training.steps
+    )
+    for note in optimization.notes:
+        view.say(note)
+    return TrainingLoop(
+        config=config,
+        base=base,
+        material=material,
+        trainee=trainee,
+        optimization=optimization,
+        accelerator=accelerator,
+        events=events,
+        preview=_sampler(config, base, preview),
+        view=view,
+        identity=run_identity(config, base.source.sha256, material.identity, accelerator.num_processes),
     )
 
 

@@ -2,18 +2,13 @@
 
 import pytest
 import torch
-from trained_kinds import EVERYWHERE, KINDS, NAME, SIZE, copied, section, trained, unet_output
+from trained_kinds import EVERYWHERE, KINDS, NAME, SIZE, section, trained, unet_output
 
 from sdlora.adapters.dora_norms import _Float32Norms
 from sdlora.adapters.trainable import new_adapter
 from sdlora.families.base import Conditioning
 
 STEP = 1e-5
-
-
-@pytest.fixture
-def tiny_base(tiny_base, shape):
-    return copied(tiny_base, shape)
 
 
 def loss_of(base) -> torch.Tensor:

@@ -34,7 +34,9 @@ MACHINE = {
 def test_every_row_is_a_sound_configuration(row):
     swept = {row.sweep.key: row.sweep.values[0]} if row.sweep else {}
     settings = settings_of(row, {"training.steps": 250, **swept, "output.folder": "somewhere"})
-    require_complete(config_of(settings))
+    config = config_of(settings)
+    require_complete(config)
+    assert (config.base.path, config.data.trigger, config.output.folder) == ("tiny", "zorblin", "somewhere")
 
 
 def test_names_are_unique_and_those_referred_to_exist():

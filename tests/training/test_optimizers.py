@@ -51,7 +51,8 @@ def test_every_kind_takes_a_step(kind, name, capsys):
 
 def test_every_name_that_can_be_set_is_known():
     for kind in OPTIMIZERS:
-        made(OptimizerSection(kind=kind), rate=1.0)
+        optimizer, parameter, _ = made(OptimizerSection(kind=kind), rate=1.0)
+        assert [member for group in optimizer.param_groups for member in group["params"]] == [parameter]
 
 
 @pytest.mark.parametrize("kind", ["adamw8bit", "paged-adamw8bit", "lion8bit"])
