@@ -5,8 +5,8 @@
     python benchmarks/ablation.py time-to-concept   how long settings take to the demo's held-out loss
 
 Each run is a process of its own and leaves a JSON file in --out; what is there already, measured by the same
-code, is not run again; with --any-code, by any. A row that fails leaves its error there and stops no other. `--rows words dora "|lora|"` takes
-the rows whose name or group holds one of these, or is one between bars.
+code, is not run again; with --any-code, by any. A row that fails leaves its error there and stops no other.
+`--rows words dora "|lora|"` takes the rows whose name or group holds one of these, or is one between bars.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def report(rows: Sequence[Row], book: Book, scale: Scale, docs: Path, results: P
     if not any(row.runs for row in found):
         raise SystemExit(f"{book.folder}: holds no run of these rows with {scale}; start with: ablation.py run")
     start = settings_of(Row("", ""), {"training.steps": scale.steps})
-    text = ablation_report.ablation_text(found, bases, start)
+    text = ablation_report.ablation_text(found, bases, start, scale.sweep_steps)
     write_text(docs / "ablation.md", text)
     write_json(results / "ablation.json", {**asdict(scale), "bases": bases, "rows": ablation_report.plain(found)})
     return text
@@ -163,7 +163,7 @@ def time_to_concept(rows: Sequence[Row], runner: Runner, scale: Scale, every: in
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; returns the exit status."""
     options = _options(arguments)
-    scale = Scale(options.steps, tuple(options.seeds), options.prompts)
+    scale = Scale(options.steps, tuple(options.seeds), options.prompts, options.sweep_steps)
     book = Book(options.out)
     runner = Runner(book, options.jobs, options.any_code)
     try:
@@ -187,6 +187,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=[], help="parts of names of rows or groups; left out: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(Scale.seeds), help="seeds of each row")
     parser.add_argument("--steps", type=int, default=Scale.steps, help="optimizer steps of each row of the tables")
+    parser.add_argument(
+        "--sweep-steps", type=int, default=Scale.sweep_steps, help="the same for runs that choose a value"
+    )
     parser.add_argument("--prompts", type=int, default=Scale.prompts, help="judged prompts of each kind")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each of one thread")
     parser.add_argument("--any-code", action="store_true", help="do not repeat what earlier code has measured")

@@ -28,9 +28,11 @@ _BY_NAME = {row.name: row for row in ROWS}
 class Scale:
     """How much is run for each row."""
 
-    steps: int = 250
+    steps: int = 300
     seeds: tuple[int, ...] = (1, 2, 3)
-    prompts: int = 32
+    prompts: int = 16
+    sweep_steps: int = 150
+    """Optimizer steps of the runs that choose a value."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def sweep_jobs(row: Row, book: Book, scale: Scale) -> list[Job]:
     """Return the runs that choose the row's swept value; those of the row it is swept as must be there already."""
     if row.sweep is None:
         return []
-    given = _inherited(row, book, scale)
+    given = {**_inherited(row, book, scale), "training.steps": scale.sweep_steps}
     return [
         Job(row.name, settings_of(row, {**given, row.sweep.key: value}), SWEEP_SEED, prompts=0)
         for value in row.sweep.values
@@ -126,20 +128,19 @@ def choice_of(row: Row, book: Book, scale: Scale) -> Choice | None:
 
 def table_jobs(row: Row, book: Book, scale: Scale) -> list[Job]:
     """Return the row's runs, one a seed. Raises LookupError when its sweep, or the one it depends on, came to nothing."""
-    given = _inherited(row, book, scale)
+    given = {**_inherited(row, book, scale), "training.steps": scale.steps}
     if choice := choice_of(row, book, scale):
         given[choice.key] = choice.value
     return [Job(row.name, settings_of(row, given), seed, scale.prompts) for seed in scale.seeds]
 
 
 def _inherited(row: Row, book: Book, scale: Scale) -> dict[str, float]:
-    """Return the number of steps, and the value that another row's sweep chose for this one."""
-    steps: dict[str, float] = {"training.steps": scale.steps}
+    """Return the value that another row's sweep chose for this one, if there is such a row."""
     if not row.swept_as:
-        return steps
+        return {}
     choice = choice_of(_BY_NAME[row.swept_as], book, scale)
     assert choice is not None, f"{row.swept_as} has no sweep"
-    return {**steps, choice.key: choice.value}
+    return {choice.key: choice.value}
 
 
 def base_jobs(scale: Scale) -> list[Job]:

@@ -54,7 +54,8 @@ _FEWEST_SEEDS, _SEEDS_TO_PERMUTE, _LARGEST_P = 3, 5, 0.01
 def supported(one: Spread, other: Spread, usual: float = 0.0) -> bool:
     """Tell whether the means lie further apart than both spreads together, each taken as `usual` or more.
 
-    Or, with seeds enough for it, whether a permutation test says that this is hardly chance. The range of a few seeds is small by chance now and then; among many rows that would pass for a finding.
+    Or, with seeds enough for it, whether a permutation test says that this is hardly chance. The range of a few seeds
+    is small by chance now and then; among many rows that would pass for a finding.
     """
     seeds = min(len(one.values), len(other.values))
     if seeds >= _SEEDS_TO_PERMUTE and permutation_p(one.values, other.values) < _LARGEST_P:
@@ -108,7 +109,7 @@ COLUMNS = (
     Column("file, KB", "file", "adapter_bytes", "{:.0f}".format, unit=1000),
     Column("UNet, MB", "UNet", "unet_bytes", "{:.1f}".format, unit=1e6),
     Column("peak, MB", "peak memory", "peak_gb", "{:.0f}".format, unit=1e-3),
-    Column("CPU, s", "processor seconds", "cpu_seconds", "{:.0f}".format, better=-1),
+    Column("CPU, s", "processor seconds", "cpu_seconds", "{:.0f}".format),
     Column("held-out loss", "held-out loss", "loss_after", "{:.4f}".format, better=-1),
     Column("concept", "concept share", "concept_share", "{:.0%}".format, better=1, pictures_a_prompt=2),
     Column("followed", "other prompts followed", "following", "{:.0%}".format, better=1, pictures_a_prompt=1),
@@ -237,7 +238,7 @@ def choices_table(rows: Sequence[Measured]) -> str:
     return machine.table(["", "setting", "chosen", "held-out loss of each value"], lines)
 
 
-def ablation_text(rows: Sequence[Measured], bases: Mapping[str, Result], start: Settings) -> str:
+def ablation_text(rows: Sequence[Measured], bases: Mapping[str, Result], start: Settings, sweep_steps: int) -> str:
     """Return the whole page; `start` holds the settings that the rows change."""
     results = [*bases.values(), *(run for row in rows for run in row.runs)]
     parts = [
@@ -251,7 +252,7 @@ def ablation_text(rows: Sequence[Measured], bases: Mapping[str, Result], start: 
         parts += [f"## {name}", row_table(members)]
     supports = [f"- {sentence}" for sentence in findings(rows)]
     parts += ["## What the tables support", _RULE, "\n".join(supports) or "Nothing: no two rows can be compared."]
-    parts += ["## Chosen values", _CHOSEN, choices_table(rows)]
+    parts += ["## Chosen values", _CHOSEN.format(steps=sweep_steps), choices_table(rows)]
     changed = [f"- {row.row.name}: {settings_text(row.row.settings)}" for row in rows if row.row.settings]
     parts += ["## What each row changes", "\n".join(changed)]
     if failed := [f"- {row.row.name}: {row.problem}" for row in rows if row.problem]:
@@ -268,7 +269,8 @@ all. Rows change one thing in these settings, and all train for equally many ste
 
 - weights: trained parameters. file: the adapter's, and those of new words. UNet: its frozen weights as they are held.
 - peak: the largest resident memory of the process up to the saved adapter, libraries included.
-- CPU: processor seconds of the whole run, start-up included, judging not.
+- CPU: processor seconds of the whole run, start-up included, judging not. Other processes slow caches down, and these
+  runs had some beside them, so nothing is concluded from it.
 - held-out loss: unweighted squared error with fixed noise on pictures of the concept that are never trained on. A row
   that weighs timesteps otherwise is measured with the same loss.
 - concept: the share of pictures that show the concept, where the prompt has its trigger. followed: the share that shows
@@ -281,9 +283,10 @@ error of so many pictures. With five seeds and more a difference counts too wher
 rows gives p < 0.01. What is not listed here is not claimed. It is said of this base and concept, this number of
 steps and these rates; a larger model may differ."""
 
-_CHOSEN = """By held-out loss, with one seed that is in no table, then taken for all seeds; the pictures held out are those of
-the tables. A value at the edge of those tried may have a better one beyond. Rows that are not named here train at the
-rate chosen for the row that they change, which favours that row where they change the size of the loss."""
+_CHOSEN = """By held-out loss after {steps} steps, with one seed that is in no table, then taken for all seeds; the pictures
+held out are those of the tables. A value at the edge of those tried may have a better one beyond. Rows that are not
+named here train at the rate chosen for the row that they change, which favours that row where they change the size of
+the loss."""
 
 
 def reached(curve: Sequence[Sequence[float]], target: float) -> tuple[int, float] | None:

@@ -234,14 +234,13 @@ def _times() -> Iterator[Row]:
     yield row("today's defaults", {})
     for preset in ("subject", "character", "fast"):
         yield row(f"preset {preset}", {"preset": preset})
+    everything = {**FIRST_DEFAULTS, "adapter.targets": ALL_LAYERS, "training.batch_size": 4, "training.steps": 300}
     for rate in (1e-3, 4e-3):
-        yield row(f"first defaults, rate {rate:g}", {RATE: rate, "training.steps": 1000}, FIRST_DEFAULTS)
-    everything = {**FIRST_DEFAULTS, "adapter.targets": ALL_LAYERS}
-    for batch in (1, 4):
-        for rate in (1e-3, 4e-3):
-            for steps in (150, 300):
-                own = {RATE: rate, "training.batch_size": batch, "training.steps": steps}
-                yield row(f"all layers, batch {batch}, rate {rate:g}, {steps} steps", own, everything)
+        yield row(f"all layers, batch 4, rate {rate:g}, no prior", {RATE: rate}, everything)
+    shares = {"adapter.rank": 16, "adapter.alpha": 16.0, "training.batch_size": 6, "training.steps": 200}
+    for ratio, weight in ((0.3, 3.0), (0.3, 5.0), (0.5, 3.0)):
+        own = {**shares, "data.prior.ratio": ratio, "data.prior.weight": weight}
+        yield row(f"rank 16, batch 6, prior ratio {ratio:g}, weight {weight:g}", own, DEMO)
 
 
 def _example() -> Settings:
