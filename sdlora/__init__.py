@@ -18,8 +18,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
-    from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
+    from sdlora.adapters.file import AdapterFile, read_adapter
     from sdlora.adapters.layers import LoraLayer
+    from sdlora.adapters.write import write_adapter
     from sdlora.config import BaseSection, DataSection, TrainConfig, load_config, parse_config
     from sdlora.data.source import Dataset, open_dataset
     from sdlora.errors import SdloraError
@@ -54,7 +55,7 @@ _HOMES = {
     "read_recipe": "sdlora.generation.pictures",
     "save_picture": "sdlora.generation.pictures",
     "train": "sdlora.training.run",
-    "write_adapter": "sdlora.adapters.file",
+    "write_adapter": "sdlora.adapters.write",
 }
 
 __all__ = [

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdlora.errors import FormatError, OutputError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
+_MOST_DIMENSIONS = 8
 _REMEMBERED_FROM_BYTES = 64 << 20
 _DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -57,6 +60,41 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; it becomes `path`, in place of a folder there, when the block ends well.
+
+    Raises OutputError where the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        _exchange(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(folder: Path, path: Path) -> None:
+    """`folder` is at `path`; what was there is gone, or there again where that fails."""
+    earlier = folder.with_name(f"{folder.name}-earlier")
+    if path.exists():
+        path.replace(earlier)
+    try:
+        folder.replace(path)
+    except OSError:
+        if earlier.exists():
+            earlier.replace(path)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """`path` holds exactly `data`."""
     with atomic_path(path) as temporary:
@@ -71,6 +109,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`path` holds `value` as indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def user_path(path: Path | str) -> Path:
+    """Return the path with ~ as the user's folder; a ~name that nobody has stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def is_there(path: Path) -> bool:
+    """Return whether something is there; nothing is where the system refuses the path."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, a loop of links, a zero byte
+        return False
 
 
 def check_writable(folder: Path) -> None:
@@ -148,8 +202,7 @@ def sha256_of_tensor_data(path: Path) -> str:
 # --- safetensors -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor as the header describes it."""
 
     dtype: str
@@ -217,37 +270,38 @@ def _refuse_foreign(path: Path, start: bytes, size: int) -> None:
 
 
 def _parse_header(path: Path, raw: bytes, size: int) -> SafetensorsHeader:
+    tensors: dict[str, TensorEntry] = {}
+    data_offset, expected = 8 + len(raw), 0
     try:
-        entries = json.loads(raw)
+        entries = json.loads(raw, parse_float=_refuse_fraction)
         metadata = entries.pop("__metadata__", {}) or {}
-        tensors = {
-            name: TensorEntry(str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
-            for name, e in entries.items()
-        }
-        if not all(isinstance(side, int) for e in entries.values() for side in (*e["shape"], *e["data_offsets"])):
-            raise ValueError("sizes must be whole numbers")
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata values must be text")
+        for name, entry in sorted(entries.items(), key=_data_offsets):
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            bytes_each = _DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
+            if bytes_each is None or len(shape) > _MOST_DIMENSIONS or (shape and min(shape) < 0):
+                raise FormatError(f"{path}: tensor {name!r} has unknown type {dtype!r} or shape {str(shape)[:80]}")
+            if start != expected or end - start != math.prod(shape) * bytes_each:
+                raise FormatError(f"{path}: tensor {name!r} does not lie where the header says; the file is damaged")
+            expected = end
+            tensors[name] = TensorEntry(dtype, shape, start, end)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"{path}: is not a safetensors file (its header does not parse)") from error
-    data_offset = 8 + len(raw)
-    expected = 0
-    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        count = 1
-        for side in entry.shape:
-            count *= side
-        bytes_each = _DTYPE_BYTES.get(entry.dtype)
-        if bytes_each is None or min(entry.shape, default=0) < 0:
-            raise FormatError(f"{path}: tensor {name!r} has unknown type {entry.dtype!r} or shape {entry.shape}")
-        if entry.start != expected or entry.end - entry.start != count * bytes_each:
-            raise FormatError(f"{path}: tensor {name!r} does not lie where the header says; the file is damaged")
-        expected = entry.end
     if data_offset + expected != size:
         raise FormatError(
             f"{path}: is truncated or damaged (its header promises {data_offset + expected} bytes, "
             f"the file has {size}); download or export it again"
         )
     return SafetensorsHeader(tensors, metadata, data_offset)
+
+
+def _refuse_fraction(text: str) -> float:
+    raise ValueError(f"{text}: sizes must be whole numbers")
+
+
+def _data_offsets(item: tuple[str, Any]) -> list[int]:
+    return list(item[1]["data_offsets"])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -96,7 +96,7 @@ def test_the_syntax_trees_show_the_imports():
     edges = {(module_of(found.file), found.target) for found in IMPORTS}
     assert ("sdlora.config.reading", "sdlora.errors") in edges
     assert ("sdlora.storage", "safetensors.torch") in edges  # inside a function
-    assert ("sdlora.adapters.file", "sdlora.adapters.formats.kohya") in edges
+    assert ("sdlora.adapters.write", "sdlora.adapters.formats.kohya") in edges
     assert ("sdlora.storage", "torch") not in edges  # for type checkers only
     assert ("sdlora.app.main", "sdlora.app.jobs") in edges  # relative
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from sdlora.adapters.layers import AdapterLayer, DeltaLayer, DenseLayer, DoraLayer, LoraLayer
+from sdlora.adapters.layers import AdapterLayer, DeltaLayer, DenseLayer, DoraLayer, Layer, LoraLayer, with_tensors
 from sdlora.families.base import LoadedBase
 from sdlora.families.quantize import full_weight
 
@@ -205,12 +205,6 @@ def _weight_shape(layer: Any) -> tuple[int, ...]:
     return (layer.out_features, layer.in_features)
 
 
-def _cast(adapter: Any, base: LoadedBase, dtype: torch.dtype | None = None) -> Any:
+def _cast(adapter: Layer, base: LoadedBase, dtype: torch.dtype | None = None) -> Layer:
     """Return it with all tensors on the base's device, in `dtype` or the base's."""
-
-    def cast(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(cast(part) for part in value)
-        return value.to(base.device, dtype or base.dtype) if isinstance(value, torch.Tensor) else value
-
-    return replace(adapter, **{field.name: cast(getattr(adapter, field.name)) for field in fields(adapter)})
+    return with_tensors(adapter, lambda tensor: tensor.to(base.device, dtype or base.dtype))

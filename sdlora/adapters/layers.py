@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Layer = TypeVar("Layer", bound="AdapterLayer")
 
 
 class AdapterLayer(ABC):
     """The update of one layer's weight, whatever form it is kept in."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The kind's usual name."""
 
     @property
     @abstractmethod
@@ -65,6 +73,11 @@ class LoraLayer(DeltaLayer):
     up: torch.Tensor
     alpha: float
     mid: torch.Tensor | None = None
+
+    @property
+    def title(self) -> str:
+        """The kind's usual name."""
+        return "LoRA" if self.mid is None else "LoRA in Tucker form"
 
     @property
     def rank(self) -> int:
@@ -119,6 +132,11 @@ class LohaLayer(DeltaLayer):
     t2: torch.Tensor | None = None
 
     @property
+    def title(self) -> str:
+        """The kind's usual name."""
+        return "LoHa" if self.t1 is None else "LoHa in Tucker form"
+
+    @property
     def rank(self) -> int:
         """Width of each half."""
         return self.w1_b.shape[0]
@@ -151,6 +169,11 @@ class LokrLayer(DeltaLayer):
     w2: torch.Tensor | Pair
     alpha: float
     t2: torch.Tensor | None = None
+
+    @property
+    def title(self) -> str:
+        """The kind's usual name."""
+        return "LoKr" if self.t2 is None else "LoKr in Tucker form"
 
     @property
     def rank(self) -> int:
@@ -196,6 +219,11 @@ class DenseLayer(DeltaLayer):
     delta: torch.Tensor
 
     @property
+    def title(self) -> str:
+        """The kind's usual name."""
+        return "a dense difference"
+
+    @property
     def rank(self) -> int:
         """The largest rank that such a matrix can have."""
         return min(self.delta.shape[0], self.delta[0].numel())
@@ -224,6 +252,11 @@ class DoraLayer(AdapterLayer):
 
     lora: DeltaLayer
     magnitude: torch.Tensor
+
+    @property
+    def title(self) -> str:
+        """The kind's usual name."""
+        return f"DoRA{'' if isinstance(self.lora, LoraLayer) else f' of {self.lora.title}'}{' by input columns' if self.by_column else ''}"
 
     @property
     def rank(self) -> int:
@@ -256,6 +289,20 @@ class DoraLayer(AdapterLayer):
     def update_of(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W' - W in the shape of `weight`."""
         return self.gain(weight) * (weight.float() + self.lora.update_of(weight)) - weight.float()
+
+
+def with_tensors(layer: Layer, change: Callable[[torch.Tensor], torch.Tensor]) -> Layer:
+    """Return the layer with `change` done to each of its tensors."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, AdapterLayer):
+            return with_tensors(value, change)
+        if isinstance(value, tuple):
+            return tuple(changed(part) for part in value)
+        return change(value) if isinstance(value, torch.Tensor) else value
+
+    kind: Any = layer  # every class of layers is a dataclass
+    return type(layer)(**{field.name: changed(getattr(kind, field.name)) for field in fields(kind)})
 
 
 def _product(pair: Pair, core: torch.Tensor | None) -> torch.Tensor:

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "make pictures, with or without adapters",
     "app": "open the web page",
     "dataset": "check pictures before a run, write captions, see to the cache",
+    "adapter": "look at adapter files; convert, verify, merge, resize them",
     "base": "look at a base model",
     "doctor": "check this machine and installation",
 }

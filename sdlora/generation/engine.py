@@ -22,6 +22,7 @@ from sdlora.adapters.inject import (
     remove_adapter,
     set_adapter_weights,
 )
+from sdlora.adapters.stored import adapter_hashes
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationError
 from sdlora.families.base import LoadedBase, Words, autocast
@@ -31,7 +32,6 @@ from sdlora.families.schedule import ends_in_pure_noise, zero_snr_sampler
 from sdlora.families.sources import find_base
 from sdlora.families.words import check_words, knowing, same_word
 from sdlora.generation.request import GenerationRequest, Recipe, UsedAdapter
-from sdlora.storage import sha256_of_file, sha256_of_tensor_data
 
 _RESIDENT_ADAPTERS = 8
 _ZERO_SNR = "ss_zero_terminal_snr"
@@ -168,10 +168,11 @@ class Engine:
         adapter = read_adapter(path)
         refuse_other_family(adapter.family, self.base.family.traits, self.base.source.name)
         check_words(self.base, adapter.tokens)
+        sha256, tensor_sha256 = adapter_hashes(path)
         used = UsedAdapter(
             name=path.stem,
-            sha256=sha256_of_file(path),
-            tensor_sha256=sha256_of_tensor_data(path),
+            sha256=sha256,
+            tensor_sha256=tensor_sha256,
             weight=1.0,
             words=adapter.token_digests(),
             embedding=not adapter.layers,

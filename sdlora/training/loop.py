@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from sdlora.adapters.file import write_adapter
+from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.metadata import TrainingFacts, training_metadata
+from sdlora.adapters.verify import verify_written
+from sdlora.adapters.write import write_adapter
 from sdlora.config import TrainConfig
 from sdlora.errors import DataError, FormatError, TrainingError
 from sdlora.families.base import LoadedBase
@@ -191,7 +193,7 @@ class TrainingLoop:
             self._sample(folder)
         if due(config.output.save_every_steps):
             # With its words inside: a file of their own would be the one that later steps write.
-            path = self._save_adapter(folder, f"{config.output.name}-{self.step:06d}", bundle=True)
+            path = self._save_adapter(folder, f"{config.output.name}-{self.step:06d}")
             self.events.write("checkpoint", step=self.step, adapter=str(path))
         if due(config.training.checkpoint_every_steps):
             self._save_state(folder)
@@ -199,7 +201,7 @@ class TrainingLoop:
     def _finish(self, folder: Path, seconds: float) -> Outcome:
         interrupted = self.step < self.config.training.steps
         self._train_mode(False)
-        path = self._save_adapter(folder, self.config.output.name)  # before anything else can fail
+        path = self._save_adapter(folder, self.config.output.name, final=True)  # before anything else can fail
         with self.optimization.averaged():
             effect = measure_effect(self.trainee, self.material.examples, self.material.texts)
         if interrupted:
@@ -217,8 +219,11 @@ class TrainingLoop:
         )
         return Outcome(path, interrupted, loss_after, effect)
 
-    def _save_adapter(self, folder: Path, name: str, bundle: bool = False) -> Path:
-        """The adapter as it is now is in the folder. Raises TrainingError, writing nothing, when it holds NaN."""
+    def _save_adapter(self, folder: Path, name: str, *, final: bool = False) -> Path:
+        """The adapter as it is now is in the folder; `final`: and it reads back as what was trained.
+
+        Raises TrainingError, writing nothing, when it holds NaN.
+        """
         path = folder / f"{name}.safetensors"
         batches = self.step * self.config.training.accumulate_batches * self.accelerator.num_processes
         facts = TrainingFacts(
@@ -234,10 +239,19 @@ class TrainingLoop:
             adapter = self.trainee.file(training_metadata(self.config, self.base, facts))
         if self.accelerator.is_main_process:
             try:
-                write_adapter(adapter, path, bundle=bundle or self.config.tokens.save == "bundled")
+                write_adapter(adapter, path, bundle=not final or self.config.tokens.save == "bundled")
             except FormatError as error:
                 raise TrainingError(f"the adapter diverged and was not saved ({error})") from error
+            if final:
+                self._verify(adapter, path)
         return path
+
+    def _verify(self, adapter: AdapterFile, path: Path) -> None:
+        """The file does what was trained. Raises TrainingError where it does not."""
+        try:
+            verify_written(adapter, path)
+        except FormatError as error:
+            raise TrainingError(str(error)) from error
 
     def _save_state(self, folder: Path) -> None:
         if not self.accelerator.is_main_process:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from sdlora.adapters.file import word_files
+from sdlora.adapters.write import word_files
 from sdlora.config import SamplesSection, TrainConfig, require_complete, with_preset, write_config
 from sdlora.data.examples import CachedExample
 from sdlora.data.source import fill_trigger

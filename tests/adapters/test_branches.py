@@ -9,7 +9,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from sdlora.adapters.branches import DenseBranch, attach, branch_of, detach, set_strengths
-from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
+from sdlora.adapters.file import AdapterFile, read_adapter
 from sdlora.adapters.inject import (
     adapters_off,
     add_adapter,
@@ -20,6 +20,7 @@ from sdlora.adapters.inject import (
 from sdlora.adapters.layers import DoraLayer, LohaLayer, LokrLayer, LoraLayer
 from sdlora.adapters.live import base_weight
 from sdlora.adapters.trainable import new_adapter
+from sdlora.adapters.write import write_adapter
 from sdlora.config import AdapterSection, BaseSection
 from sdlora.errors import ModelError
 from sdlora.families.base import Conditioning, PictureSize, autocast

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdlora.adapters.file import AdapterFile, adapter_family, read_adapter, word_files, write_adapter
+from sdlora.adapters.file import AdapterFile, adapter_family, read_adapter
 from sdlora.adapters.layers import LoraLayer
+from sdlora.adapters.write import word_files, write_adapter
 from sdlora.errors import ConfigError, FormatError
 from sdlora.storage import read_header, sha256_of_tensor_data
 
@@ -104,8 +105,12 @@ REFUSED = {
     "a word of integers": ({"clip_l": torch.ones(1, 4, dtype=torch.int64)}, "a tensor clip_l of torch.int64"),
     "a word twice": ({"clip_l": torch.ones(1, 4), "emb_params": torch.ones(1, 4)}, "holds the word 'a' twice"),
     "a bundled word without name": ({**pair(), "bundle_emb. .clip_l": torch.ones(1, 4)}, "without a word"),
-    "PEFT": (pair("unet.conv_in", ("lora_A.weight", "lora_B.weight")), "diffusers or PEFT format"),
-    "diffusers": (pair("unet.conv_in", ("lora.down.weight", "lora.up.weight")), "diffusers or PEFT format"),
+    "half a pair of PEFT": (
+        {"unet.conv_in.lora_A.weight": torch.ones(1, 2)},
+        r"unet\.conv_in has no lora_B\.weight; the file is incomplete",
+    ),
+    "IA3": ({"lora_unet_conv_in.on_input": torch.ones(1)}, "is an IA3 adapter, which this version does not read"),
+    "Flux": ({"lora_unet_double_blocks_0_img_attn_qkv.x": torch.ones(1, 2)}, "is an adapter for Flux or a like model"),
     "checkpoint": ({"model.diffusion_model.out.2.bias": torch.ones(4)}, "is a whole Stable Diffusion checkpoint"),
     "anything": ({"transformer.blocks.0": torch.ones(2, 8)}, r"holds no adapter \(1 tensors, such as 'transformer"),
     "nothing": ({}, r"holds no adapter \(0 tensors, none\)"),

@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
-from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
+from sdlora.adapters.file import AdapterFile, read_adapter
 from sdlora.adapters.inject import (
     adapters_off,
     add_adapter,
@@ -15,6 +16,7 @@ from sdlora.adapters.inject import (
 from sdlora.adapters.layers import DoraLayer, LoraLayer
 from sdlora.adapters.live import base_weight
 from sdlora.adapters.trainable import new_adapter
+from sdlora.adapters.write import write_adapter
 from sdlora.config import AdapterSection
 from sdlora.errors import ModelError
 from sdlora.families.base import Conditioning, PictureSize
@@ -271,20 +273,25 @@ def with_magnitudes(base, adapter: AdapterFile) -> AdapterFile:
     )
 
 
-def test_diffusers_reads_dora_in_pefts_spelling_and_gives_the_same_output(tiny_base, tiny_folder, make_adapter):
+@pytest.mark.parametrize("kind", ["lora", "mixed ranks", "dora"])
+def test_diffusers_reads_what_is_written_for_it_and_gives_the_same_output(
+    tiny_base, tiny_folder, make_adapter, tmp_path, kind
+):
     base = tiny_base()
-    adapter = with_magnitudes(base, make_adapter(base))
-    tensors = {}
-    for path, dora in adapter.layers.items():
-        tensors[f"{path}.lora_A.weight"] = dora.lora.down
-        tensors[f"{path}.lora_B.weight"] = dora.lora.up * dora.lora.scale  # without metadata it takes scale 1
-        shape = (1, -1, 1, 1) if dora.lora.down.ndim == 4 else (-1,)
-        tensors[f"{path}.lora_magnitude_vector.weight"] = dora.magnitude.reshape(shape)
+    adapter = make_adapter(base, alpha=0.6)
+    if kind == "mixed ranks":
+        other = make_adapter(base, rank=5, alpha=2.0, seed=1).layers
+        adapter = replace(adapter, layers={**adapter.layers, **{path: other[path] for path in list(other)[::3]}})
+    elif kind == "dora":
+        adapter = with_magnitudes(base, adapter)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    write_adapter(adapter, path, "diffusers")
     add_adapter(base, "one", adapter)
     set_adapter_weights(base, {"one": 1.0})
-    theirs = loaded_by_diffusers(base, tiny_folder, tensors)
-    for our, their in zip(outputs(base), outputs(theirs), strict=True):
-        assert (our - their).abs().max() <= 1e-5
+    for weights in (str(path), load_file(path)):  # with the header's alphas, and without them
+        theirs = loaded_by_diffusers(base, tiny_folder, weights)
+        for our, their in zip(outputs(base), outputs(theirs), strict=True):
+            assert (our - their).abs().max() <= 1e-5
     assert_different(outputs(theirs), outputs(tiny_base()))
 
 

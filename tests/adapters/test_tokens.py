@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
+from sdlora.adapters.file import AdapterFile, read_adapter
 from sdlora.adapters.tokens import new_tokens, start_words, unheard_words
+from sdlora.adapters.write import write_adapter
 from sdlora.config import TokensSection
 from sdlora.errors import ConfigError
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sdlora import BaseSection, Engine, load_base, make_request
-from sdlora.adapters.file import AdapterFile, read_adapter, write_adapter
+from sdlora.adapters.file import AdapterFile, read_adapter
 from sdlora.adapters.inject import (
     add_adapter,
     remove_adapter,
@@ -13,6 +13,7 @@ from sdlora.adapters.inject import (
 )
 from sdlora.adapters.live import base_weight
 from sdlora.adapters.trainable import new_adapter
+from sdlora.adapters.write import write_adapter
 from sdlora.config import AdapterSection
 from sdlora.errors import ModelError
 from sdlora.families.base import Conditioning, PictureSize

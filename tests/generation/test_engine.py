@@ -6,8 +6,8 @@ import torch
 from diffusers import DiffusionPipeline
 from engine_help import ask, make, pixels, same, using
 
-from sdlora.adapters.file import write_adapter
 from sdlora.adapters.trainable import new_adapter
+from sdlora.adapters.write import write_adapter
 from sdlora.config import AdapterSection, BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationCancelled, GenerationError, ModelError
 from sdlora.families.base import Conditioning, PictureSize
@@ -124,7 +124,7 @@ def test_the_base_is_as_before_after_mixes_errors_and_cancels(engine, adapters, 
     make(engine, ask(adapters=using((adapters[0], 1.0), (adapters[1], -0.7))))
     sd2 = make_adapter(tiny_base("sd2"), patterns=("conv_in", "attentions.*.proj_in"))
     broken = dict(sd2.layers)
-    broken["unet.no.such.layer"] = next(iter(broken.values()))
+    broken["unet.mid_block.no.such.layer"] = next(iter(broken.values()))
     write_adapter(type(sd2)(broken, "sd2"), tmp_path / "other.safetensors")
     (tmp_path / "page.safetensors").write_text("<html>")
     for path, error in (("other", ModelError), ("page", FormatError), ("missing", FormatError)):

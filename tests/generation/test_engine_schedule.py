@@ -10,7 +10,7 @@ from engine_help import ask, make, pixels, same, using
 from PIL import Image
 
 from sdlora import train
-from sdlora.adapters.file import write_adapter
+from sdlora.adapters.write import write_adapter
 from sdlora.cli.train import make_previews
 from sdlora.errors import GenerationCancelled
 from sdlora.families.schedule import rescale_to_zero_snr

@@ -10,7 +10,8 @@ from engine_help import ask, make, pixels, same, using
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdlora.adapters.file import AdapterFile, write_adapter
+from sdlora.adapters.file import AdapterFile
+from sdlora.adapters.write import write_adapter
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationCancelled, ModelError
 from sdlora.generation import engine as engine_module

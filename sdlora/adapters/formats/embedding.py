@@ -13,13 +13,13 @@ from collections.abc import Mapping
 
 import torch
 
-from sdlora.adapters.formats.embedding_keys import BUNDLE, ENCODERS, WORD, only_word, word_of
+from sdlora.adapters.formats import ordered
+from sdlora.adapters.formats.embedding_keys import BUNDLE, ENCODERS, WORD, bundled_word, only_word, word_of
 from sdlora.errors import FormatError
 from sdlora.storage import serialize_tensors
 
 _FIRST, _SECOND = "text_encoder", "text_encoder_2"
 _SINGLE, _PAIR = "emb_params", {_FIRST: "clip_l", _SECOND: "clip_g"}
-_BY_WIDTH = {768: "sd1", 1024: "sd2"}
 _ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2-512",
@@ -36,7 +36,7 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], stem:
     word = word_of(shapes, metadata, stem)
     if only := only_word(shapes):
         tensors = {_SINGLE: torch.atleast_2d(tensors[only])}
-    return word, _vectors(word, tensors)
+    return word, checked_vectors(word, tensors)
 
 
 def write(vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -46,14 +46,23 @@ def write(vectors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def unbundle(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Vectors]]:
     """Return an adapter file's other tensors, and the words that are bundled with them. Raises FormatError."""
-    rest, found = {}, dict[str, dict[str, torch.Tensor]]()
+    found = dict[str, dict[str, torch.Tensor]]()
+    rest = {}
     for name, tensor in tensors.items():
-        key = next((key for key in ENCODERS if name.startswith(BUNDLE) and name.endswith(f".{key}")), "")
-        if key:
-            found.setdefault(name.removeprefix(BUNDLE).removesuffix(f".{key}"), {})[key] = tensor
+        if bundled := bundled_word(name):
+            word, key = bundled
+            found.setdefault(word, {})[key] = tensor
         else:
             rest[name] = tensor
-    return rest, {word: _vectors(word, parts) for word, parts in found.items()}
+    return rest, {word: checked_vectors(word, parts) for word, parts in found.items()}
+
+
+def marked(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, Vectors]:
+    """Return the words whose vectors an adapter file of cloneofsimo's trainer marks in its header. Raises FormatError."""
+    return {
+        word: checked_vectors(word, {_SINGLE: torch.atleast_2d(tensors[word])})
+        for word in ordered.words(tensors, metadata)
+    }
 
 
 def bundle(words: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -63,16 +72,6 @@ def bundle(words: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.T
         for word, vectors in words.items()
         for encoder, tensor in vectors.items()
     }
-
-
-def family_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return "sd1", "sd2" or "sdxl" as keys and widths tell it, "" where they do not."""
-    if any(key == "clip_g" or (key.startswith(BUNDLE) and key.endswith(".clip_g")) for key in shapes):
-        return "sdxl"
-    widths = {shape[-1] for key, shape in shapes.items() if shape and (key in ENCODERS or key.startswith(BUNDLE))}
-    if only := only_word(shapes):
-        widths = {shapes[only][-1]}
-    return _BY_WIDTH.get(widths.pop(), "") if len(widths) == 1 else ""
 
 
 def word_metadata(word: str, family: str, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -99,7 +98,8 @@ def _key(encoder: str, vectors: Mapping[str, torch.Tensor], single: str) -> str:
     return _PAIR[encoder] if _SECOND in vectors else single
 
 
-def _vectors(word: str, tensors: Mapping[str, torch.Tensor]) -> Vectors:
+def checked_vectors(word: str, tensors: Mapping[str, torch.Tensor]) -> Vectors:
+    """Return a word's vectors by text encoder, from its tensors by their names in a file. Raises FormatError."""
     if not word.strip():
         raise FormatError("holds an embedding without a word; give the file the word's name")
     if len(tensors) > len({ENCODERS[key] for key in tensors}):

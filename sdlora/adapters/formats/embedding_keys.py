@@ -23,6 +23,7 @@ ENCODERS = {
 BUNDLE = "bundle_emb."
 """How the tensors of a word inside an adapter file begin."""
 
+_BY_WIDTH = {768: "sd1", 1024: "sd2"}
 _ODD = re.compile(r"[^\w. -]")
 _LONGEST_NAME = 80
 
@@ -39,6 +40,24 @@ def only_word(shapes: Mapping[str, tuple[int, ...]]) -> str:
     ((name, shape),) = shapes.items()
     plain = "." not in name or (name.startswith("<") and name.endswith(">"))
     return name if plain and name.strip() and name not in ENCODERS and len(shape) in (1, 2) else ""
+
+
+def bundled_word(key: str) -> tuple[str, str] | None:
+    """Return (word, what an embedding file calls the tensor) for a tensor of a word inside an adapter file, else None."""
+    if not key.startswith(BUNDLE):
+        return None
+    kind = next((kind for kind in ENCODERS if key.endswith(f".{kind}")), "")
+    return (key.removeprefix(BUNDLE).removesuffix(f".{kind}"), kind) if kind else None
+
+
+def family_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return "sd1", "sd2" or "sdxl" as keys and widths tell it, "" where they do not."""
+    if any(key == "clip_g" or (key.startswith(BUNDLE) and key.endswith(".clip_g")) for key in shapes):
+        return "sdxl"
+    widths = {shape[-1] for key, shape in shapes.items() if shape and (key in ENCODERS or key.startswith(BUNDLE))}
+    if only := only_word(shapes):
+        widths = {shapes[only][-1]}
+    return _BY_WIDTH.get(widths.pop(), "") if len(widths) == 1 else ""
 
 
 def word_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], stem: str) -> str:

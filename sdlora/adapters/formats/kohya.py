@@ -1,7 +1,7 @@
 """The format of kohya's trainer, which AUTOMATIC1111, Forge, ComfyUI and InvokeAI read.
 
 `<prefix>_<module path, dots as underscores>.{lora_down.weight, lora_up.weight, alpha}`, or another kind's suffixes
-(kohya_layers.py); prefix `lora_unet` for the UNet, `lora_te` for the text encoder of SD 1.x and 2.x, `lora_te1` and
+(parts.py); prefix `lora_unet` for the UNet, `lora_te` for the text encoder of SD 1.x and 2.x, `lora_te1` and
 `lora_te2` for those of SDXL. SDXL's UNet modules go by their names in the original code, the others' by diffusers'.
 alpha is a 0-d tensor; a missing one means scale 1.
 """
@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import torch
-
-from sdlora.adapters.formats.kohya_layers import SUFFIXES, WEIGHT_SUFFIXES, input_width, layer_of, parts_of
 from sdlora.adapters.formats.ldm_names import from_ldm, to_ldm
-from sdlora.adapters.layers import AdapterLayer
+from sdlora.adapters.formats.parts import PARTS, WEIGHTS
+from sdlora.adapters.formats.places import Places, Shapes, Sorting
+from sdlora.adapters.formats.places import family_of as places_family
 from sdlora.errors import FormatError
 from sdlora.storage import serialize_tensors
 
+if TYPE_CHECKING:
+    import torch
+
+    from sdlora.adapters.layers import AdapterLayer
+
+NAME = "kohya"
 _UNET = "lora_unet_"
 _TEXT_PREFIXES = {
     "sd1": {"text_encoder": "lora_te_"},
@@ -30,6 +37,14 @@ _COMPONENTS = {_UNET: "unet"} | {
     prefix: component for prefixes in _TEXT_PREFIXES.values() for component, prefix in prefixes.items()
 }
 _LDM_KEYED = ("sdxl",)
+_LYCORIS = "lycoris_"
+"""Prefix of the UNet's layers in files of LyCORIS used by itself."""
+_ROOTS = {
+    "down_blocks", "up_blocks", "mid_block", "conv_in", "conv_out", "time_embedding", "add_embedding", "text_model",
+    "text_projection",
+}  # fmt: skip
+_SD1_UPSAMPLER = f"{_UNET}output_blocks_2_1_conv"
+"""The one layer that SD 1.x and 2.x call otherwise than SDXL in the original code, having no attention before it."""
 _LDM_BLOCKS = tuple(f"{_UNET}{name}_" for name in ("input_blocks", "middle_block", "output_blocks"))
 # Module names that hold underscores themselves; everything else between underscores is one step of the path.
 _COMPOUND = (
@@ -42,59 +57,39 @@ _COMPOUND = (
 _STEP = re.compile("|".join((*sorted(_COMPOUND, key=len, reverse=True), "[A-Za-z0-9]+")))
 
 
-def recognises(keys: Iterable[str]) -> bool:
-    """Return whether the keys are kohya's: at least one tensor of a known kind of adapter."""
-    return any(key.startswith(tuple(_COMPONENTS)) and key.partition(".")[2] in WEIGHT_SUFFIXES for key in keys)
+def places(shapes: Shapes, metadata: Mapping[str, str]) -> Places | None:
+    """Return where the tensors belong; None where no tensor is a layer's weight in this format."""
+    if not any(key.partition(".")[2] in WEIGHTS for key in shapes):
+        return None
+    found = _places(tuple(sorted(shapes)))
+    return found if found.layers else None
 
 
-def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> str:
-    """Return "sd1", "sd2" or "sdxl", told from key style, then metadata, then cross-attention width; "" if untold.
-
-    `shapes` are those of the file's tensors, which its header holds.
-    """
-    if any(key.startswith((*_TEXT_PREFIXES["sdxl"].values(), *_LDM_BLOCKS)) for key in shapes):
-        return "sdxl"
-    version = metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
-    if version.startswith("sdxl_") or "stable-diffusion-xl" in version:
-        return "sdxl"
-    if metadata.get("ss_v2") == "True" or "sd_v2" in version or "stable-diffusion-v2" in version:
-        return "sd2"
-    layers: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, shape in shapes.items():
-        name, _, suffix = key.partition(".")
-        if name.endswith("attn2_to_k"):
-            layers.setdefault(name, {})[suffix] = shape
-    widths = {input_width(parts) for parts in layers.values()}
-    by_width = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-    if len(widths) == 1 and (width := widths.pop()) in by_width:
-        return by_width[width]
-    return "sd1" if "sd_v1" in version or "stable-diffusion-v1" in version else ""
-
-
-def read(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, AdapterLayer], tuple[str, ...]]:
-    """Return the layers and the keys that are none of the format's.
-
-    Raises FormatError for a layer that lacks a part or whose parts do not fit each other.
-    """
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    unknown = []
-    for key in sorted(tensors):
-        name, _, suffix = key.partition(".")
-        if suffix in SUFFIXES and name.startswith(tuple(_COMPONENTS)) and _leads_back(name):
-            groups.setdefault(name, {})[suffix] = tensors[key]
+@lru_cache(maxsize=64)  # files of one trainer have the same keys
+def _places(keys: tuple[str, ...]) -> Places:
+    sorting = Sorting()
+    for key in keys:
+        name, _, part = key.partition(".")
+        path = _layer_path(name) if part in PARTS else ""
+        if path:
+            sorting.add(key, path, part, name)
         else:
-            unknown.append(key)
-    layers: dict[str, AdapterLayer] = {}
-    for name, parts in groups.items():
-        path = module_path(name)
-        if path in layers:
-            raise FormatError(f"{name} names a layer that the file holds under another name too")
-        layers[path] = layer_of(name, parts)
-    return layers, tuple(unknown)
+            sorting.reject(key)
+    return sorting.places()
+
+
+def family_of(found: Places, shapes: Shapes, metadata: Mapping[str, str]) -> str:
+    """Return "sd1", "sd2" or "sdxl", told from key style, then metadata, then widths; "" if untold."""
+    if any(key.startswith(tuple(_TEXT_PREFIXES["sdxl"].values())) for key in shapes):
+        return "sdxl"
+    told = places_family(found, shapes, metadata)
+    return told or ("sdxl" if any(key.startswith(_LDM_BLOCKS) for key in shapes) else "")
 
 
 def write(layers: Mapping[str, AdapterLayer], family: str) -> dict[str, torch.Tensor]:
     """Return the tensors of the file, alpha as stored by the format, a 0-d tensor of the weights' type."""
+    from sdlora.adapters.formats.layer_parts import parts_of
+
     tensors: dict[str, torch.Tensor] = {}
     for path, layer in layers.items():
         name = key_name(path, family)
@@ -126,18 +121,23 @@ def module_path(name: str) -> str:
     raise FormatError(f"key {name!r} does not start with one of {', '.join(_COMPONENTS)}")
 
 
-def _leads_back(name: str) -> bool:
-    """Return whether the key is what the path it is read as is written as, in some family."""
-    path = module_path(name)
-    if not path:
-        return False
-    for family in _TEXT_PREFIXES:
+@lru_cache(maxsize=8192)
+def _layer_path(name: str) -> str:
+    """Return the path that a key is read as, "" where that path is written as another key in every family."""
+    if name.startswith(_LYCORIS):
+        name = _UNET + name.removeprefix(_LYCORIS)
+    path = module_path(name) if name.startswith(tuple(_COMPONENTS)) else ""
+    if not set(path.split(".")[1:2]) & _ROOTS:
+        return ""
+    if name == _SD1_UPSAMPLER:
+        return path
+    for family in _TEXT_PREFIXES if path else ():
         try:
             if key_name(path, family) == name:
-                return True
+                return path
         except FormatError:
             continue
-    return False
+    return ""
 
 
 def hashes(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -2,6 +2,7 @@ import hashlib
 
 import pytest
 import torch
+from format_help import read
 
 from sdlora.adapters.formats import kohya
 from sdlora.adapters.layers import LoraLayer
@@ -72,7 +73,7 @@ def test_keys_and_module_paths_of_sdxl(key):
 
 def test_sdxl_in_diffusers_spelling_is_read_too():
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
-    layers, unknown = kohya.read(pair(name))
+    layers, unknown = read(pair(name))
     assert unknown == ()
     assert list(layers) == [SDXL_KEYS["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"]]
 
@@ -80,7 +81,7 @@ def test_sdxl_in_diffusers_spelling_is_read_too():
 def test_one_layer_in_both_spellings_is_refused():
     both = pair("lora_unet_down_blocks_1_attentions_0_proj_in") | pair("lora_unet_input_blocks_4_1_proj_in")
     with pytest.raises(FormatError, match="names a layer that the file holds under another name too"):
-        kohya.read(both)
+        read(both)
 
 
 def test_every_layer_of_the_tiny_bases_comes_back_from_its_key(tiny_base, shape):
@@ -117,7 +118,7 @@ def pair(name="lora_unet_conv_in", down=(2, 3), up=(4, 2), **parts):
 
 
 def test_read_takes_a_missing_alpha_as_scale_one():
-    layers, unknown = kohya.read(pair())
+    layers, unknown = read(pair())
     assert unknown == ()
     assert layers["unet.conv_in"].alpha == 2.0
     assert layers["unet.conv_in"].scale == 1.0
@@ -125,7 +126,7 @@ def test_read_takes_a_missing_alpha_as_scale_one():
 
 def test_read_takes_alpha_of_any_shape_and_type():
     for alpha in (torch.tensor(4), torch.tensor([4.0]), torch.tensor(4.0, dtype=torch.float16)):
-        layers, _ = kohya.read({**pair(), "lora_unet_conv_in.alpha": alpha})
+        layers, _ = read({**pair(), "lora_unet_conv_in.alpha": alpha})
         assert layers["unet.conv_in"].scale == 2.0
 
 
@@ -134,7 +135,10 @@ def test_read_takes_alpha_of_any_shape_and_type():
     [
         ({"lora_unet_conv_in.lora_up.weight": torch.ones(4, 2)}, "has no lora_down.weight; the file is incomplete"),
         ({"lora_unet_conv_in.lora_down.weight": torch.ones(4, 2)}, "has no lora_up.weight; the file is incomplete"),
-        ({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, "has no lora_down.weight"),
+        (
+            {**pair("lora_unet_conv_out"), "lora_unet_conv_in.alpha": torch.tensor(1.0)},
+            "conv_in has no lora_down.weight",
+        ),
         (pair(down=(2, 3), up=(4, 3)), r"has shapes down \(2, 3\) and up \(4, 3\), which make no pair"),
         (pair(down=(0, 3), up=(4, 0)), "make no pair"),
         (pair(down=(2, 3, 3, 3), up=(4, 2)), "make no pair"),
@@ -148,27 +152,26 @@ def test_read_takes_alpha_of_any_shape_and_type():
 )
 def test_what_makes_no_layer_is_refused(tensors, sentence):
     with pytest.raises(FormatError, match=sentence):
-        kohya.read(tensors)
+        read(tensors)
 
 
 def test_read_names_what_it_does_not_know():
     extra = {
         "lora_unet_conv_in.diff_b": torch.ones(4),
         "lora_unet_conv_in.oft_blocks": torch.ones(2, 2, 2),
-        "bundle_emb.cat.string_to_param.*": torch.ones(1, 8),
         **pair("lora_unet_mid__block_x"),
         **pair("lora_unet_input_blocks_3_1_proj_in"),
         **pair("lora_unet_output_blocks_4_0_in_layers_0"),
     }
-    layers, unknown = kohya.read({**pair(), **extra})
+    layers, unknown = read({**pair(), **extra})
     assert list(layers) == ["unet.conv_in"]
     assert set(unknown) == set(extra)
 
 
 def test_recognises():
-    assert kohya.recognises(pair())
-    assert not kohya.recognises({"lora_unet_conv_in.alpha": 0})
-    assert not kohya.recognises({"unet.conv_in.lora_A.weight": 0, "lora_te3_x.lora_up.weight": 0})
+    assert kohya.places(dict.fromkeys(pair(), (2, 2)), {})
+    assert not kohya.places({"lora_unet_conv_in.alpha": ()}, {})
+    assert not kohya.places({"unet.conv_in.lora_A.weight": (2, 2), "lora_te3_x.lora_up.weight": (2, 2)}, {})
 
 
 @pytest.mark.parametrize(
@@ -190,7 +193,7 @@ def test_recognises():
 )
 def test_family_of(key, width, metadata, family):
     shapes = {key: tuple(tensor.shape) for key, tensor in pair(key, down=(2, width)).items()}
-    assert kohya.family_of(shapes, metadata) == family
+    assert kohya.family_of(kohya.places(shapes, metadata), shapes, metadata) == family
 
 
 def test_hashes_are_those_of_the_file_without_its_metadata():
@@ -201,3 +204,21 @@ def test_hashes_are_those_of_the_file_without_its_metadata():
     body = tensors["lora_unet_conv_in.lora_down.weight"].numpy().tobytes()
     assert found["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
     assert found["sshs_legacy_hash"] == hashlib.sha256(data[1 << 20 : (1 << 20) + 65536]).hexdigest()[:8]
+
+
+def test_layers_of_other_models_are_none():
+    for name in ("double_blocks_0_img_attn_proj", "single_blocks_1_linear1", "joint_blocks_0_x_block_attn_qkv"):
+        with pytest.raises(FormatError, match=r"is an adapter for Flux or a like model|holds no adapter"):
+            read(pair(f"lora_unet_{name}"))
+    layers, unknown = read(
+        {**pair("lora_unet_double_blocks_0_img_attn_proj"), **pair("lora_te1_text_model_encoder_layers_0_mlp_fc1")}
+    )
+    assert len(layers) == 1 and len(unknown) == 2
+
+
+def test_lycoris_by_itself_and_the_upsampler_of_sd1_by_its_original_name():
+    layers, unknown = read(
+        {**pair("lycoris_mid_block_attentions_0_proj_in"), **pair("lora_unet_output_blocks_2_1_conv")}
+    )
+    assert unknown == ()
+    assert set(layers) == {"unet.mid_block.attentions.0.proj_in", "unet.up_blocks.0.upsamplers.0.conv"}

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from adapter_kinds import KINDS, LINEAR, random_layer
+from format_help import read
 
 from sdlora.adapters.formats import kohya
-from sdlora.adapters.formats.kohya_layers import layer_of, parts_of
+from sdlora.adapters.formats.detect import contents_of
+from sdlora.adapters.formats.layer_parts import layer_of, parts_of
 from sdlora.adapters.layers import DenseLayer, DoraLayer, LokrLayer, LoraLayer
 from sdlora.errors import FormatError
 from sdlora.storage import serialize_tensors
@@ -83,7 +85,7 @@ def test_write_read_write_gives_the_same_bytes_and_the_same_update(kind, shape, 
     path = "unet.mid_block.resnets.0.conv1"
     layer = random_layer(kind, shape)
     tensors = kohya.write({path: layer}, family)
-    layers, unknown = kohya.read(tensors)
+    layers, unknown = read(tensors)
     assert unknown == () and list(layers) == [path]
     assert type(layers[path]) is type(layer)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -181,7 +183,7 @@ def test_what_makes_no_layer_is_refused_in_one_sentence(parts, sentence):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_recognised(kind):
     name = "lora_unet_mid_block_resnets_0_conv1"
-    assert kohya.recognises(f"{name}.{suffix}" for suffix in parts_of(random_layer(kind, (8, 6, 3, 3))))
+    assert kohya.places({f"{name}.{part}": () for part in parts_of(random_layer(kind, (8, 6, 3, 3)))}, {})
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "lokr pair", "lokr pairs", "dense", "dora"])
@@ -190,7 +192,7 @@ def test_the_family_is_told_from_the_width_of_cross_attention(kind, width, famil
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     parts = parts_of(random_layer(kind, (8, width)))
     shapes = {f"{name}.{suffix}": tuple(tensor.shape) for suffix, tensor in parts.items()}
-    assert kohya.family_of(shapes, {}) == family
+    assert contents_of(shapes, {}).family == family
 
 
 def test_a_file_may_hold_layers_of_several_kinds():
@@ -199,6 +201,6 @@ def test_a_file_may_hold_layers_of_several_kinds():
         "unet.conv_out": random_layer("lora", (8, 6, 3, 3)),
         "unet.time_embedding.linear_1": random_layer("dora", (8, 6)),
     }
-    read, unknown = kohya.read(kohya.write(layers, "sd1"))
+    again, unknown = read(kohya.write(layers, "sd1"))
     assert unknown == ()
-    assert [type(read[path]) for path in layers] == [LokrLayer, LoraLayer, DoraLayer]
+    assert [type(again[path]) for path in layers] == [LokrLayer, LoraLayer, DoraLayer]

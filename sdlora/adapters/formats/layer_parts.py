@@ -1,16 +1,14 @@
-"""The tensors of one layer in kohya's format and LyCORIS' additions to it, by what follows the layer's name.
-
-LoRA: lora_down.weight, lora_up.weight, and lora_mid.weight of a Tucker form. LoHa: hada_w1_a, hada_w1_b, hada_w2_a,
-hada_w2_b, and hada_t1, hada_t2. LoKr: lokr_w1 and lokr_w2, each whole or as _a and _b, and lokr_t2. A dense
-difference: diff. Beside them alpha and, of DoRA, dora_scale.
-"""
+"""The layer that tensors make, by their names in parts.py, and the tensors of a layer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
+from sdlora.adapters.formats.parts import ALPHA, DENSE, KINDS, LOHA, LOKR, LORA, MAGNITUDE, kinds_of
+from sdlora.adapters.formats.places import Places
 from sdlora.adapters.layers import (
     AdapterLayer,
     DeltaLayer,
@@ -24,27 +22,42 @@ from sdlora.adapters.layers import (
 from sdlora.errors import FormatError
 
 Parts = Mapping[str, torch.Tensor]
+_LARGEST_WEIGHT = 1 << 28
+"""Numbers; the largest of SDXL has 2^24."""
 
-_ALPHA, _MAGNITUDE = "alpha", "dora_scale"
-_LORA = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
-_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
-_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-_DENSE = ("diff",)
-WEIGHT_SUFFIXES = (*_LORA, *_LOHA, *_LOKR, *_DENSE)
-SUFFIXES = (*WEIGHT_SUFFIXES, _ALPHA, _MAGNITUDE)
+
+def layers_of(places: Places, tensors: Parts) -> dict[str, AdapterLayer]:
+    """Return the layers by module path. Raises FormatError where some cannot be read."""
+    if places.problems:
+        raise FormatError(places.problems[0])
+    return {path: placed_layer(places, path, tensors) for path in places.layers}
+
+
+def placed_layer(places: Places, path: str, tensors: Parts) -> AdapterLayer:
+    """Return the layer at one path. Raises FormatError where its tensors make none."""
+    place = places.layers[path]
+    parts = {part: tensors[key] for part, key in place.keys.items()}
+    if places.rows and MAGNITUDE in parts:
+        parts[MAGNITUDE] = parts[MAGNITUDE].flatten()
+    alpha = places.alphas.get(path)
+    if alpha is not None:
+        parts.setdefault(ALPHA, torch.tensor(alpha, dtype=torch.float64))
+    return layer_of(place.name, parts)
 
 
 def layer_of(name: str, parts: Parts) -> AdapterLayer:
     """Return the layer made of `parts`, its tensors by suffix. Raises FormatError, naming `name`."""
     for suffix, tensor in parts.items():
-        if suffix != _ALPHA and not tensor.is_floating_point():
+        if suffix != ALPHA and not tensor.is_floating_point():
             raise FormatError(f"{name}.{suffix} holds {tensor.dtype}; expected floating-point numbers")
-    kinds = [kind for kind in (_LOHA, _LOKR, _DENSE, _LORA) if any(suffix in parts for suffix in kind)] or [_LORA]
+    kinds = kinds_of(parts) or ["lora"]
     if len(kinds) > 1:
-        first, second = (next(suffix for suffix in kind if suffix in parts) for kind in kinds[:2])
+        first, second = (next(suffix for suffix in KINDS[kind] if suffix in parts) for kind in kinds[:2])
         raise FormatError(f"{name} has both {first} and {second}; a layer is of one kind")
-    layer = {_LORA: _lora, _LOHA: _loha, _LOKR: _lokr, _DENSE: _dense}[kinds[0]](name, parts)
-    return _dora(name, layer, parts[_MAGNITUDE]) if _MAGNITUDE in parts else layer
+    layer = {"lora": _lora, "loha": _loha, "lokr": _lokr, "dense": _dense}[kinds[0]](name, parts)
+    if not 0 < math.prod(layer.shape) <= _LARGEST_WEIGHT:
+        raise FormatError(f"{name} is for a weight {layer.shape}; expected one of Stable Diffusion's size")
+    return _dora(name, layer, parts[MAGNITUDE]) if MAGNITUDE in parts else layer
 
 
 def parts_of(layer: AdapterLayer) -> dict[str, torch.Tensor]:
@@ -53,34 +66,26 @@ def parts_of(layer: AdapterLayer) -> dict[str, torch.Tensor]:
         magnitude = layer.magnitude
         if magnitude.ndim == 1:
             magnitude = magnitude.reshape(-1, *(1 for _ in layer.shape[1:]))
-        return {**parts_of(layer.lora), _MAGNITUDE: magnitude}
+        return {**parts_of(layer.lora), MAGNITUDE: magnitude}
     if isinstance(layer, LoraLayer):
-        named = zip(_LORA, (layer.down, layer.up, layer.mid), strict=True)
+        named = zip(LORA, (layer.down, layer.up, layer.mid), strict=True)
     elif isinstance(layer, LohaLayer):
         factors = (layer.w1_a, layer.w1_b, layer.w2_a, layer.w2_b, layer.t1, layer.t2)
-        named = zip(_LOHA, factors, strict=True)
+        named = zip(LOHA, factors, strict=True)
     elif isinstance(layer, LokrLayer):
-        named = zip(_LOKR, (*_three(layer.w1), *_three(layer.w2), layer.t2), strict=True)
+        named = zip(LOKR, (*_three(layer.w1), *_three(layer.w2), layer.t2), strict=True)
     else:
         assert isinstance(layer, DenseLayer)
-        return {_DENSE[0]: layer.delta}
+        return {DENSE[0]: layer.delta}
     parts = {suffix: tensor for suffix, tensor in named if tensor is not None}
-    return {**parts, _ALPHA: torch.tensor(layer.alpha, dtype=layer.tensors()[0].dtype)}
-
-
-def input_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the number of input channels of a layer without kernel, from its tensors' shapes by suffix; 0 if untold."""
-
-    def second(*suffixes: str) -> int:
-        return next((shapes[suffix][1] for suffix in suffixes if len(shapes.get(suffix, ())) > 1), 0)
-
-    whole = second(_LORA[0], "hada_w1_b", _DENSE[0])
-    return whole or second("lokr_w1", "lokr_w1_b") * second("lokr_w2", "lokr_w2_b")
+    alpha = torch.tensor(layer.alpha, dtype=layer.tensors()[0].dtype)
+    exact = float(alpha) == layer.alpha
+    return {**parts, ALPHA: alpha if exact else torch.tensor(layer.alpha, dtype=torch.float32)}
 
 
 def _lora(name: str, parts: Parts) -> LoraLayer:
-    _require(name, parts, _LORA[:2])
-    down, up, mid = parts[_LORA[0]], parts[_LORA[1]], parts.get(_LORA[2])
+    _require(name, parts, LORA[:2])
+    down, up, mid = parts[LORA[0]], parts[LORA[1]], parts.get(LORA[2])
     if not (
         down.ndim in (2, 4) and up.ndim == down.ndim and up.shape[1] == down.shape[0] > 0 and set(up.shape[2:]) <= {1}
     ):
@@ -95,8 +100,8 @@ def _lora(name: str, parts: Parts) -> LoraLayer:
 
 def _loha(name: str, parts: Parts) -> LohaLayer:
     has_cores = "hada_t1" in parts or "hada_t2" in parts
-    _require(name, parts, _LOHA if has_cores else _LOHA[:4])
-    w1_a, w1_b, w2_a, w2_b = (parts[suffix] for suffix in _LOHA[:4])
+    _require(name, parts, LOHA if has_cores else LOHA[:4])
+    w1_a, w1_b, w2_a, w2_b = (parts[suffix] for suffix in LOHA[:4])
     t1, t2 = parts.get("hada_t1"), parts.get("hada_t2")
     _check_product(name, "hada_w1", (w1_a, w1_b), t1)
     _check_product(name, "hada_w2", (w2_a, w2_b), t2)
@@ -120,7 +125,7 @@ def _lokr(name: str, parts: Parts) -> LokrLayer:
 
 
 def _dense(name: str, parts: Parts) -> DenseLayer:
-    delta = parts[_DENSE[0]]
+    delta = parts[DENSE[0]]
     if delta.ndim not in (2, 4) or delta.numel() == 0:
         raise FormatError(f"{name}.diff has shape {tuple(delta.shape)}, which is no layer's weight")
     return DenseLayer(delta)  # alpha, where there is one, means nothing here: readers take scale 1
@@ -176,7 +181,7 @@ def _require(name: str, parts: Parts, suffixes: tuple[str, ...]) -> None:
 
 def _alpha(name: str, parts: Parts, rank: int) -> float:
     """Return alpha; a missing one means scale 1."""
-    alpha = parts.get(_ALPHA)
+    alpha = parts.get(ALPHA)
     if alpha is None:
         return float(rank)
     if alpha.numel() != 1:
