@@ -7,12 +7,15 @@ are those of a matrix [R,R] that two QR decompositions leave, so that no SVD of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from sdlora.adapters.layers import AdapterLayer, DeltaLayer, LohaLayer, LokrLayer, LoraLayer, Pair
 
+OnLayer = Callable[[int, int], None]
+"""Called with (layers done, layers)."""
 _WIDE_CONVOLUTIONS = (".conv1", ".conv2", ".conv", ".conv_in", ".conv_out")
 _CONVOLVED_PROJECTIONS = ("sd1",)
 _FIRST_GUESS, _OVERSAMPLING, _POWER_STEPS = 32, 8, 4

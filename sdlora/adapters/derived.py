@@ -20,7 +20,7 @@ _MIXED = "Dynamic"
 
 def with_network(metadata: Mapping[str, str], layers: Mapping[str, AdapterLayer]) -> dict[str, str]:
     """Return the text with kind, rank and alpha of these layers instead of earlier ones."""
-    inner: list[Any] = [layer.lora if isinstance(layer, DoraLayer) else layer for layer in layers.values()]
+    inner = [layer.inner for layer in layers.values()]
     plain = all(isinstance(layer, LoraLayer) for layer in layers.values())
     arguments = {"dora_wd": "True"} if any(isinstance(layer, DoraLayer) for layer in layers.values()) else {}
     changed = {

@@ -6,7 +6,7 @@ import gc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,22 +54,7 @@ class AdapterReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {
-            "path": str(self.path),
-            "format": self.format,
-            "family": self.family,
-            "modules": self.modules,
-            "kinds": self.kinds,
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "tokens": self.tokens,
-            "unknown_keys": self.unknown_keys,
-            "problems": self.problems,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "autov3": self.autov3,
-            "metadata": self.metadata,
-        }
+        return {**asdict(self), "path": str(self.path)}
 
 
 def inspect_adapter(path: Path | str, *, header_only: bool = False) -> AdapterReport:
@@ -164,7 +149,7 @@ class _Numbers:
 def _read_numbers(found: Stored) -> _Numbers:
     from sdlora.adapters.file import non_finite_keys
     from sdlora.adapters.formats.layer_parts import placed_layer
-    from sdlora.adapters.layers import DenseLayer, DoraLayer
+    from sdlora.adapters.layers import DenseLayer
 
     tensors, places = found.tensors(), found.contents.places
     digest = found.tensor_sha256()
@@ -172,14 +157,13 @@ def _read_numbers(found: Stored) -> _Numbers:
     zero, broken = [], []
     for path in places.layers:
         try:
-            layer: Any = placed_layer(places, path, tensors)
+            layer = placed_layer(places, path, tensors)
         except FormatError as error:
             broken.append(str(error))
             continue
-        inner: Any = layer.lora if isinstance(layer, DoraLayer) else layer
-        if not isinstance(inner, DenseLayer):
-            numbers.alphas.add(round(inner.alpha, 6))
-        if layer is inner and any(not tensor.any() for tensor in layer.tensors()):
+        if not isinstance(layer.inner, DenseLayer):
+            numbers.alphas.add(round(layer.inner.alpha, 6))
+        if layer is layer.inner and any(not tensor.any() for tensor in layer.tensors()):
             zero.append(path)
     if broken and not places.problems:
         numbers.problems.append(f"{len(broken)} layers cannot be read, such as: {broken[0]}")

@@ -36,6 +36,11 @@ class AdapterLayer(ABC):
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight that it is for, flattened to [out, in * kh * kw] where the factors do not tell more."""
 
+    @property
+    @abstractmethod
+    def inner(self) -> Any:
+        """The update without DoRA's magnitudes: itself, but of DoRA what they are put around. Of any kind of DeltaLayer."""
+
     @abstractmethod
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Return every tensor that it is made of."""
@@ -47,6 +52,11 @@ class AdapterLayer(ABC):
 
 class DeltaLayer(AdapterLayer):
     """An update that does not depend on the base weight."""
+
+    @property
+    def inner(self) -> Any:
+        """Itself."""
+        return self
 
     @abstractmethod
     def delta_weight(self) -> torch.Tensor:
@@ -267,6 +277,11 @@ class DoraLayer(AdapterLayer):
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight that it is for."""
         return self.lora.shape
+
+    @property
+    def inner(self) -> Any:
+        """The inner update."""
+        return self.lora
 
     @property
     def by_column(self) -> bool:

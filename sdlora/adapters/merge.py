@@ -8,13 +8,14 @@ others scaled up for it, then the sum.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from sdlora.adapters.algebra import (
+    OnLayer,
     Truncation,
     product_of,
     spectrum_of_matrix,
@@ -29,7 +30,6 @@ from sdlora.errors import ConfigError, FormatError
 from sdlora.families.traits import family_title
 
 Method = Literal["linear", "ties", "dare"]
-OnLayer = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def merge(parts: Sequence[MergePart], settings: MergeSettings, on_layer: OnLayer
 
     Without `keep`, LoRA stays LoRA with all ranks side by side, and what is of full rank becomes a dense difference.
     Raises FormatError for adapters of different families, for DoRA, whose update depends on the base, and for a word
-    that two of them know with different vectors; ConfigError for a part that changes nothing.
+    that two of them know with different vectors; ConfigError for weights of layers that a part does not have.
     """
     _check(parts)
     family = next((part.adapter.family for part in parts if part.adapter.family), "")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sdlora.adapters.layers import AdapterLayer, DoraLayer, LohaLayer, LokrLayer, LoraLayer
+from sdlora.adapters.layers import AdapterLayer, LohaLayer, LokrLayer, LoraLayer
 from sdlora.adapters.live import bare, locate
 from sdlora.adapters.sizes import has_large_kernel
 from sdlora.config import AdapterSection, ObjectiveSection, TrainConfig
@@ -135,7 +135,7 @@ def _network(section: AdapterSection, base: LoadedBase, layers: Mapping[str, Ada
 
 def _size(layer: AdapterLayer) -> tuple[int, float] | None:
     """Return rank and alpha of a layer, None where they say nothing of its update."""
-    inner = layer.lora if isinstance(layer, DoraLayer) else layer
+    inner = layer.inner
     if isinstance(inner, LokrLayer) and not (isinstance(inner.w1, tuple) or isinstance(inner.w2, tuple)):
         return None
     return (inner.rank, inner.alpha) if isinstance(inner, LoraLayer | LohaLayer | LokrLayer) else None

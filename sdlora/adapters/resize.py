@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from sdlora.adapters.algebra import Spectrum, Truncation, spectrum_of, weight_shape
+from sdlora.adapters.algebra import OnLayer, Spectrum, Truncation, spectrum_of, weight_shape
 from sdlora.adapters.derived import with_network
 from sdlora.adapters.file import AdapterFile
-from sdlora.adapters.layers import AdapterLayer, DeltaLayer, DoraLayer
+from sdlora.adapters.layers import AdapterLayer, DoraLayer
 from sdlora.errors import ConfigError, FormatError
 
-OnLayer = Callable[[int, int], None]
-"""Called with (layers done, layers)."""
 _STEPS = 40
 
 
@@ -37,8 +35,7 @@ def resize(adapter: AdapterFile, wanted: Truncation, *, bytes: int = 0, on_layer
         raise FormatError("has no layers to resize, only words")
     spectra: dict[str, Spectrum] = {}
     for number, (path, layer) in enumerate(adapter.layers.items(), start=1):
-        inner = _inner(layer)
-        spectra[path] = spectrum_of(inner, weight_shape(path, adapter.family, inner), wanted)
+        spectra[path] = spectrum_of(layer.inner, weight_shape(path, adapter.family, layer), wanted)
         if on_layer:
             on_layer(number, len(adapter.layers))
     dtypes = {path: layer.tensors()[0].dtype for path, layer in adapter.layers.items()}
@@ -59,12 +56,6 @@ def block_of(path: str) -> str:
     if component != "unet" or not steps:
         return component
     return ".".join(("unet", *steps[: 2 if steps[0] in ("down_blocks", "up_blocks") else 1]))
-
-
-def _inner(layer: AdapterLayer) -> DeltaLayer:
-    inner = layer.lora if isinstance(layer, DoraLayer) else layer
-    assert isinstance(inner, DeltaLayer)
-    return inner
 
 
 def _energy_for(

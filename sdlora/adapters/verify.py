@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -103,9 +102,8 @@ def _identical(first: AdapterLayer, second: AdapterLayer) -> bool:
     )
 
 
-def _scale(layer: Any) -> tuple[float, int]:
-    inner = layer.lora if isinstance(layer, DoraLayer) else layer
-    return getattr(inner, "alpha", 1.0), inner.rank
+def _scale(layer: AdapterLayer) -> tuple[float, int]:
+    return getattr(layer.inner, "alpha", 1.0), layer.rank
 
 
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:

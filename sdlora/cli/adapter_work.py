@@ -67,6 +67,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
+    """The parser takes how a result is written: its format, its precision, and whether it may replace something."""
     parser.add_argument("--format", choices=FORMATS, default="kohya", help="kohya is read by most programs")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the weights; left out: as they are")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -74,6 +75,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 def _merge(options: argparse.Namespace) -> int:
     from sdlora.adapters.algebra import Truncation
+    from sdlora.adapters.convert import with_precision
     from sdlora.adapters.merge import MergeSettings, merge
 
     _check_share("--energy", options.energy)
@@ -87,7 +89,7 @@ def _merge(options: argparse.Namespace) -> int:
     parts = [_part(text) for text in options.adapter]
     with _progress("merging") as on_layer:
         merged = merge(parts, settings, on_layer)
-    _write(merged.adapter, options)
+    _write(with_precision(merged.adapter, options.precision) if options.precision else merged.adapter, options)
     ranks = _ranks(merged.adapter)
     found = {
         "target": str(options.target),
@@ -183,10 +185,9 @@ def parse_weights(text: str) -> tuple[str, float, dict[str, float]]:
 
 def _write(adapter: AdapterFile, options: argparse.Namespace) -> None:
     """The adapter is at the target, as a file that reads back as what it is. Raises SdloraError."""
-    from sdlora.adapters.convert import with_precision, write_checked
+    from sdlora.adapters.convert import write_checked
 
-    written = with_precision(adapter, options.precision) if options.precision else adapter
-    write_checked(written, user_path(options.target), options.format)
+    write_checked(adapter, user_path(options.target), options.format)
 
 
 def _check_target(options: argparse.Namespace) -> None:

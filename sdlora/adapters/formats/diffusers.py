@@ -25,10 +25,7 @@ NAME = dotted.DIFFUSERS
 
 def write(layers: Mapping[str, AdapterLayer]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return tensors and header entries. Raises FormatError for kinds that diffusers does not read."""
-    components: dict[str, dict[str, AdapterLayer]] = {}
-    for path, layer in layers.items():
-        component, _, inside = path.partition(".")
-        components.setdefault(component, {})[inside] = _with_scale_one(layer)
+    components = peft.by_component({path: _with_scale_one(layer) for path, layer in layers.items()})
     tensors: dict[str, torch.Tensor] = {}
     settings: dict[str, Any] = {}
     for component, own in components.items():

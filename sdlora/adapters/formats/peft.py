@@ -100,11 +100,17 @@ def contents_of(stored: Mapping[str, tuple[Path, SafetensorsHeader]]) -> Content
 
 def write(layers: Mapping[str, AdapterLayer]) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
     """Return {component: (configuration, tensors)}. Raises FormatError for kinds that the format, or PEFT, cannot hold."""
-    components: dict[str, dict[str, AdapterLayer]] = {}
+    components = by_component(layers)
+    return {component: (configuration(own), _tensors(component, own)) for component, own in components.items()}
+
+
+def by_component(layers: Mapping[str, AdapterLayer]) -> dict[str, dict[str, AdapterLayer]]:
+    """Return {component: {path inside it: layer}}."""
+    found: dict[str, dict[str, AdapterLayer]] = {}
     for path, layer in layers.items():
         component, _, inside = path.partition(".")
-        components.setdefault(component, {})[inside] = layer
-    return {component: (configuration(own), _tensors(component, own)) for component, own in components.items()}
+        found.setdefault(component, {})[inside] = layer
+    return found
 
 
 def configuration(layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def configuration(layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
         raise FormatError(
             f"layers are of the kinds {' and '.join(sorted(kinds))}; PEFT holds one kind in a file, kohya's all"
         )
-    inner = {path.removeprefix("text_model."): _inner(layer) for path, layer in layers.items()}
+    inner = {path.removeprefix("text_model."): layer.inner for path, layer in layers.items()}
     rank = Counter(layer.rank for layer in inner.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in inner.values()).most_common(1)[0][0]
     kind = kinds.pop()
@@ -145,7 +151,7 @@ def lora_tensors(layer: AdapterLayer) -> dict[str, torch.Tensor]:
     """Return the tensors of a LoRA or DoRA layer as PEFT and diffusers call them."""
     from sdlora.adapters.layers import DoraLayer, LoraLayer
 
-    inner = _inner(layer)
+    inner = layer.inner
     assert isinstance(inner, LoraLayer)
     found = {dotted.A: inner.down, dotted.B: inner.up}
     if isinstance(layer, DoraLayer):
@@ -172,7 +178,7 @@ def _kind(path: str, layer: AdapterLayer) -> str:
     """Return PEFT's name of the layer's kind. Raises FormatError where PEFT has no such layers."""
     from sdlora.adapters.layers import DoraLayer, LohaLayer, LoraLayer
 
-    inner = _inner(layer)
+    inner = layer.inner
     if isinstance(inner, LoraLayer) and inner.mid is None and not (isinstance(layer, DoraLayer) and layer.by_column):
         return "LORA"
     if isinstance(inner, LohaLayer) and inner.t1 is None and inner is layer:
@@ -180,12 +186,6 @@ def _kind(path: str, layer: AdapterLayer) -> str:
     raise FormatError(
         f"layer {path} is {layer.title}, which diffusers and PEFT do not hold as it is; write the file in kohya's format"
     )
-
-
-def _inner(layer: AdapterLayer) -> Any:
-    from sdlora.adapters.layers import DoraLayer
-
-    return layer.lora if isinstance(layer, DoraLayer) else layer
 
 
 def _settings(file: Path) -> dict[str, Any]:
