@@ -14,6 +14,7 @@ _LIBRARIES = (
     "bitsandbytes",
     "huggingface_hub",
     "httpx",
+    "httpx2",
     "datasets",
     "fsspec",
 )

@@ -101,7 +101,7 @@ def _opened(name: str) -> Iterator[DatasetBuilder]:
 
 def _network_errors() -> tuple[type[Exception], ...]:
     """Return what requests of huggingface_hub end in where there is no answer."""
-    from httpx import HTTPError
+    from httpx2 import HTTPError
 
     return (HTTPError,)
 

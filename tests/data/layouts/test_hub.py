@@ -191,13 +191,13 @@ def test_what_the_library_cannot_open(monkeypatch, error, reason):
 
 
 def test_a_lost_connection_is_an_error_that_names_the_row(place, monkeypatch):
-    import httpx
+    import httpx2
 
     pq.write_table(rows("ab"), place / "train.parquet")
     pictures = hub.read(ConceptSection(folder="owner/name"), []).groups[0].pictures
 
     def lost(url: str, ahead: int):
-        raise httpx.ConnectError("no route")
+        raise httpx2.ConnectError("no route")
 
     monkeypatch.setattr(hub, "_open", lost)
     with pytest.raises(DataError, match=r"owner/name/train\.parquet.*no route"):
