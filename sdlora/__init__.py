@@ -18,14 +18,22 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from sdlora.adapters.algebra import Truncation
+    from sdlora.adapters.convert import convert_adapter
+    from sdlora.adapters.extract import ExtractSettings, extract
     from sdlora.adapters.file import AdapterFile, read_adapter
+    from sdlora.adapters.inspect import inspect_adapter
     from sdlora.adapters.layers import LoraLayer
+    from sdlora.adapters.merge import MergePart, MergeSettings, merge
+    from sdlora.adapters.merge_base import merge_into_base
+    from sdlora.adapters.resize import resize
     from sdlora.adapters.write import write_adapter
     from sdlora.config import BaseSection, DataSection, TrainConfig, load_config, parse_config
     from sdlora.data.source import Dataset, open_dataset
     from sdlora.errors import SdloraError
     from sdlora.families.base import LoadedBase, ModelFamily
     from sdlora.families.registry import detect_family, load_base
+    from sdlora.families.stored_base import StoredBase, open_base
     from sdlora.generation.engine import Engine
     from sdlora.generation.pictures import read_recipe, save_picture
     from sdlora.generation.request import GenerationRequest, Recipe, make_request
@@ -37,22 +45,34 @@ _HOMES = {
     "DataSection": "sdlora.config",
     "Dataset": "sdlora.data.source",
     "Engine": "sdlora.generation.engine",
+    "ExtractSettings": "sdlora.adapters.extract",
     "GenerationRequest": "sdlora.generation.request",
     "LoadedBase": "sdlora.families.base",
     "LoraLayer": "sdlora.adapters.layers",
+    "MergePart": "sdlora.adapters.merge",
+    "MergeSettings": "sdlora.adapters.merge",
     "ModelFamily": "sdlora.families.base",
     "Recipe": "sdlora.generation.request",
     "RunResult": "sdlora.training.run",
     "SdloraError": "sdlora.errors",
+    "StoredBase": "sdlora.families.stored_base",
     "TrainConfig": "sdlora.config",
+    "Truncation": "sdlora.adapters.algebra",
+    "convert_adapter": "sdlora.adapters.convert",
     "detect_family": "sdlora.families.registry",
+    "extract": "sdlora.adapters.extract",
+    "inspect_adapter": "sdlora.adapters.inspect",
     "load_base": "sdlora.families.registry",
     "load_config": "sdlora.config",
     "make_request": "sdlora.generation.request",
+    "merge": "sdlora.adapters.merge",
+    "merge_into_base": "sdlora.adapters.merge_base",
+    "open_base": "sdlora.families.stored_base",
     "open_dataset": "sdlora.data.source",
     "parse_config": "sdlora.config",
     "read_adapter": "sdlora.adapters.file",
     "read_recipe": "sdlora.generation.pictures",
+    "resize": "sdlora.adapters.resize",
     "save_picture": "sdlora.generation.pictures",
     "train": "sdlora.training.run",
     "write_adapter": "sdlora.adapters.write",
@@ -64,22 +84,34 @@ __all__ = [
     "DataSection",
     "Dataset",
     "Engine",
+    "ExtractSettings",
     "GenerationRequest",
     "LoadedBase",
     "LoraLayer",
+    "MergePart",
+    "MergeSettings",
     "ModelFamily",
     "Recipe",
     "RunResult",
     "SdloraError",
+    "StoredBase",
     "TrainConfig",
+    "Truncation",
+    "convert_adapter",
     "detect_family",
+    "extract",
+    "inspect_adapter",
     "load_base",
     "load_config",
     "make_request",
+    "merge",
+    "merge_into_base",
+    "open_base",
     "open_dataset",
     "parse_config",
     "read_adapter",
     "read_recipe",
+    "resize",
     "save_picture",
     "train",
     "write_adapter",

@@ -40,6 +40,10 @@ class OutputError(SdloraError):
     """A result cannot be written where it was asked for."""
 
 
+class NetworkError(SdloraError):
+    """A server cannot be reached, or does not do what it was asked for."""
+
+
 class TrainingError(SdloraError):
     """A run cannot go on; what was saved before it is untouched."""
 

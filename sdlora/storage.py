@@ -7,27 +7,28 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sdlora.errors import FormatError, OutputError
+from sdlora.headers import DTYPE_BYTES, HEADER_LIMIT_BYTES, data_offsets, read_header
 
 if TYPE_CHECKING:
     import torch
 
-_HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
-_MOST_DIMENSIONS = 8
+_TEXT = "__metadata__"
 _REMEMBERED_FROM_BYTES = 64 << 20
-_DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
+_COPIED_AT_ONCE = 4 << 20
+_AUTOV1_AT, _AUTOV1_BYTES = 1 << 20, 64 << 10
+_DEVICES = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³])(?:\.|$)", re.IGNORECASE)
 
 
 # --- writing -----------------------------------------------------------------------------------------
@@ -62,23 +63,46 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; it becomes `path`, in place of a folder there, when the block ends well.
+    """Yield an empty folder beside `path`; it becomes `path`, in place of what is there, when the block ends well.
 
-    Raises OutputError where the folder cannot be written.
+    What was written there reaches the disk first, so a crash leaves the old folder or the new one, whole. Where `path` is
+    a link, it stays one and the folder that it leads to is replaced. Raises OutputError where the folder cannot be
+    written.
     """
+    place = Path(os.path.realpath(path))  # unlike Path.resolve, never raises for a loop of links
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=place.parent))
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
     try:
         yield temporary
         temporary.chmod(0o755)
-        _exchange(temporary, path)
+        _sync_below(temporary)
+        _exchange(temporary, place)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_below(folder: Path) -> None:
+    """All files and folders below `folder`, itself too, are on the disk."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with Path(place, name).open("rb+") as file:
+                os.fsync(file.fileno())
+        _sync_names(Path(place))
+
+
+def _sync_names(folder: Path) -> None:
+    """What lies in `folder`, by name, is on the disk, where the system lets that be asked for: Windows does not."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _exchange(folder: Path, path: Path) -> None:
@@ -92,7 +116,11 @@ def _exchange(folder: Path, path: Path) -> None:
         if earlier.exists():
             earlier.replace(path)
         raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    _sync_names(path.parent)  # else a power cut could bring back neither name
+    if earlier.is_dir():
+        shutil.rmtree(earlier, ignore_errors=True)
+    else:
+        earlier.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -117,6 +145,11 @@ def user_path(path: Path | str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def past_devices(stem: str) -> str:
+    """Return a file's name without suffix, with _ before what Windows takes for a device whatever suffix follows."""
+    return f"_{stem}" if _DEVICES.match(stem) else stem
 
 
 def is_there(path: Path) -> bool:
@@ -147,6 +180,31 @@ def sha256_of_file(path: Path, offset: int = 0) -> str:
     with path.open("rb") as file:
         file.seek(offset)
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class FileHashes:
+    """The hashes by which programs call a safetensors file."""
+
+    sha256: str
+    """Of the whole file; its first 10 digits are AutoV2."""
+    data_sha256: str
+    """Of what lies behind the header; its first 12 digits are AutoV3."""
+    autov1: str
+    """8 digits of SHA-256 of 64 KiB at 1 MiB; "" of a file that ends before, where it would be the hash of nothing."""
+
+
+def hashes_of_file(path: Path, data_offset: int) -> FileHashes:
+    """Return all hashes of a safetensors file, read once."""
+    whole, data, position, autov1 = hashlib.sha256(), hashlib.sha256(), 0, ""
+    with path.open("rb") as file:
+        while block := memoryview(file.read(_AUTOV1_AT)):
+            whole.update(block)
+            data.update(block[max(0, data_offset - position) :])
+            if position == _AUTOV1_AT:
+                autov1 = hashlib.sha256(block[:_AUTOV1_BYTES]).hexdigest()[:8]
+            position += len(block)
+    return FileHashes(whole.hexdigest(), data.hexdigest(), autov1)
 
 
 def cached_sha256(path: Path) -> str:
@@ -202,108 +260,6 @@ def sha256_of_tensor_data(path: Path) -> str:
 # --- safetensors -------------------------------------------------------------------------------------
 
 
-class TensorEntry(NamedTuple):
-    """One tensor as the header describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class SafetensorsHeader:
-    """What a safetensors file says about itself in its first bytes."""
-
-    tensors: dict[str, TensorEntry]
-    metadata: dict[str, str]
-    data_offset: int
-
-
-def read_header(path: Path) -> SafetensorsHeader:
-    """Return the header of a safetensors file without reading its tensors.
-
-    Raises FormatError with one sentence that says what the file is, when it is not a whole and sound
-    safetensors file: missing, empty, a web page, a pickle, truncated, overlapping or oversized.
-    """
-    if path.is_dir():
-        raise FormatError(f"{path}: is a folder; name a .safetensors file in it")
-    try:
-        size = path.stat().st_size
-        if not path.is_file():  # opening a pipe would wait for a writer
-            raise FormatError(f"{path}: is not an ordinary file")
-        with path.open("rb") as file:
-            start = file.read(512)
-            _refuse_foreign(path, start, size)
-            (length,) = struct.unpack("<Q", start[:8])
-            if length > min(size - 8, _HEADER_LIMIT_BYTES):
-                raise FormatError(
-                    f"{path}: not a safetensors file, or a truncated one "
-                    f"(its header should be {length} bytes, the file has {size}); download or export it again"
-                )
-            file.seek(8)
-            raw = file.read(length)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return _parse_header(path, raw, size)
-
-
-def _refuse_foreign(path: Path, start: bytes, size: int) -> None:
-    text = start.lstrip().lower()
-    if size == 0:
-        raise FormatError(f"{path}: is empty; download or export it again")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise FormatError(
-            f"{path}: is a web page saved under this name, not a model file; "
-            "open the download link in a browser and sign in there if it asks, then download again"
-        )
-    # A safetensors header of 640 bytes begins with a pickle's first bytes too, but has its "{" at 8.
-    archive = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-    if start.startswith(archive) and start[8:9] != b"{":
-        raise FormatError(
-            f"{path}: is a pickle or zip archive, which could run code when opened; get the .safetensors version"
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise FormatError(f"{path}: is a Git LFS pointer, not the file itself; run 'git lfs pull'")
-    if size < 10:
-        raise FormatError(f"{path}: is only {size} bytes; download or export it again")
-
-
-def _parse_header(path: Path, raw: bytes, size: int) -> SafetensorsHeader:
-    tensors: dict[str, TensorEntry] = {}
-    data_offset, expected = 8 + len(raw), 0
-    try:
-        entries = json.loads(raw, parse_float=_refuse_fraction)
-        metadata = entries.pop("__metadata__", {}) or {}
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("metadata values must be text")
-        for name, entry in sorted(entries.items(), key=_data_offsets):
-            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            bytes_each = _DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
-            if bytes_each is None or len(shape) > _MOST_DIMENSIONS or (shape and min(shape) < 0):
-                raise FormatError(f"{path}: tensor {name!r} has unknown type {dtype!r} or shape {str(shape)[:80]}")
-            if start != expected or end - start != math.prod(shape) * bytes_each:
-                raise FormatError(f"{path}: tensor {name!r} does not lie where the header says; the file is damaged")
-            expected = end
-            tensors[name] = TensorEntry(dtype, shape, start, end)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise FormatError(f"{path}: is not a safetensors file (its header does not parse)") from error
-    if data_offset + expected != size:
-        raise FormatError(
-            f"{path}: is truncated or damaged (its header promises {data_offset + expected} bytes, "
-            f"the file has {size}); download or export it again"
-        )
-    return SafetensorsHeader(tensors, metadata, data_offset)
-
-
-def _refuse_fraction(text: str) -> float:
-    raise ValueError(f"{text}: sizes must be whole numbers")
-
-
-def _data_offsets(item: tuple[str, Any]) -> list[int]:
-    return list(item[1]["data_offsets"])
-
-
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return all tensors of a safetensors file, on the CPU, and its metadata. Raises FormatError."""
     from safetensors import SafetensorError
@@ -319,19 +275,86 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 def serialize_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file's bytes; the same input gives the same bytes in every process.
 
-    The library writes the metadata in the order of a randomly seeded hash map, so the header is written
+    Raises FormatError for text or names that UTF-8 cannot hold. The library writes the metadata in the order of a randomly seeded hash map, so the header is written
     anew here with sorted keys; the tensor data behind it are the library's.
     """
     from safetensors.torch import save
 
+    _first_bytes(metadata, dict.fromkeys(tensors).items())  # refuses names that the library would stumble over
     # Copies, because the library refuses tensors that share memory.
     data = save({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()})
     (length,) = struct.unpack("<Q", data[:8])
     entries = json.loads(data[8 : 8 + length])
-    header: dict[str, Any] = {}
-    if metadata:
-        header["__metadata__"] = dict(sorted(metadata.items()))
-    header |= sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return _first_bytes(metadata, sorted(entries.items(), key=data_offsets)) + data[8 + length :]
+
+
+def write_tensors(
+    path: Path,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    data: Callable[[str], bytes],
+    metadata: Mapping[str, str],
+) -> None:
+    """`path` is a safetensors file of more tensors than fit into memory: `data` gives the bytes of one at a time.
+
+    `entries` are {name: (type as headers call it, shape)}. The widest types lie first, as with the library. Raises
+    FormatError, before anything is written, for text or names that UTF-8 cannot hold.
+    """
+    names = sorted(entries, key=lambda name: -DTYPE_BYTES[entries[name][0]])
+    described, end = {}, 0
+    for name in names:
+        dtype, shape = entries[name]
+        start, end = end, end + math.prod(shape) * DTYPE_BYTES[dtype]
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    first = _first_bytes(metadata, described.items())
+    with path.open("wb") as file:
+        file.write(first)
+        for name in names:
+            file.write(data(name))
+
+
+def rewrite_metadata(
+    source: Path, target: Path, metadata: Mapping[str, str], keys: Mapping[str, str] | None = None
+) -> None:
+    """`target` holds the tensors of `source`, byte for byte, under that text; both may be one file.
+
+    `keys` gives tensors other names. Only the header is written anew, so the hash of what lies behind it, AutoV3, stays.
+    Raises FormatError where the source is no sound file, where two tensors would have one name, or where
+    text or a name is none that UTF-8 can hold; OutputError where the target cannot be written.
+    """
+    header = read_header(source)
+    renamed = dict(keys or {})
+    if missing := renamed.keys() - header.tensors.keys():
+        raise FormatError(f"{source}: holds no tensor {min(missing)!r}")
+    names = [renamed.get(name, name) for name in header.tensors]
+    if taken := [name for name, count in Counter(names).items() if count > 1 or name == _TEXT]:
+        raise FormatError(f"{source}: a tensor cannot be called {taken[0]!r}, which is taken; choose another name")
+    entries = [
+        (name, {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [entry.start, entry.end]})
+        for name, entry in zip(names, header.tensors.values(), strict=True)
+    ]
+    try:
+        first = _first_bytes(metadata, entries)
+    except FormatError as error:
+        raise FormatError(f"{source}: {error}") from error
+    if len(first) - 8 > HEADER_LIMIT_BYTES:
+        raise OutputError(f"{target}: a header of {len(first) - 8} bytes is more than readers take; give less text")
+    with source.open("rb") as stored, atomic_path(target) as temporary, temporary.open("wb") as file:
+        file.write(first)
+        stored.seek(header.data_offset)
+        shutil.copyfileobj(stored, file, _COPIED_AT_ONCE)
+
+
+def _first_bytes(metadata: Mapping[str, str], entries: Iterable[tuple[str, Any]]) -> bytes:
+    """Return what stands before the tensor data: sorted text, then the entries, padded to a multiple of 8.
+
+    Raises FormatError, without a file's name, for text or names with half a surrogate pair, which JSON can say and UTF-8
+    cannot hold.
+    """
+    header: dict[str, Any] = {_TEXT: dict(sorted(metadata.items()))} if metadata else {}
+    header |= entries
+    try:
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FormatError("its header holds half a character, which cannot be written; remove it") from error
     raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw + data[8 + length :]
+    return struct.pack("<Q", len(raw)) + raw

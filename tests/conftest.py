@@ -69,6 +69,26 @@ def tiny_folder(tmp_path_factory) -> Callable[[str], Path]:
     return folder
 
 
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> Callable[[str], Path]:
+    """`checkpoints(shape)`: the tiny base of that shape as one file, which declares what it predicts; do not write."""
+    import ldm_layout
+
+    from sdlora.families.tiny import tiny_pipeline
+
+    files: dict[str, Path] = {}
+
+    def checkpoint(shape: str) -> Path:
+        if shape not in files:
+            path = tmp_path_factory.mktemp("checkpoints") / f"{shape}.safetensors"
+            metadata = {"modelspec.prediction_type": "v" if shape == "sd2" else "epsilon"}
+            ldm_layout.write_checkpoint(tiny_pipeline(shape), path, metadata=metadata)
+            files[shape] = path
+        return files[shape]
+
+    return checkpoint
+
+
 @pytest.fixture
 def shape() -> str:
     """The family of bases that a test asks for without naming one; some folders of tests go through them all."""

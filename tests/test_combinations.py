@@ -62,6 +62,28 @@ SENSELESS = [
         {"optimizer.kind": "schedule-free", "adapter.max_norm": 1},
         'adapter.max_norm is 1.0, and optimizer.kind is "schedule-free", which saves an average that no bound holds for',
     ),
+    # what is saved
+    ({"output.formats": []}, 'output.formats is empty; set it to any of "kohya", "diffusers", "peft"'),
+    ({"output.formats": ["peft", "kohya", "peft"]}, 'output.formats names "peft" twice; remove one'),
+    *(
+        (
+            {"adapter.kind": kind, "output.formats": ["kohya", format]},
+            f'output.formats has "{format}", which does not hold adapter.kind = "{kind}"; remove it',
+        )
+        for kind, format in (("loha", "diffusers"), ("lokr", "diffusers"), ("lokr", "peft"), ("full", "peft"))
+    ),
+    (
+        {**WORDS, "tokens.save": "bundled", "output.formats": ["diffusers"]},
+        'output.formats has "diffusers", and tokens.save is "bundled", which kohya\'s format alone can be',
+    ),
+    (
+        {"tokens.train": "alone", "output.formats": ["kohya", "peft"]},
+        'output.formats is ["kohya", "peft"], which needs an adapter',
+    ),
+    (
+        {"objective.zero_terminal_snr": True, "output.metadata": "none"},
+        'output.metadata is "none", and objective.zero_terminal_snr is true',
+    ),
     # text encoders
     ({"adapter.text_encoder_parts": ["text_encoder"]}, "which needs adapter.text_encoder = true"),
     ({"adapter.text_encoder_targets": ["transformer"]}, "which needs adapter.text_encoder = true"),
@@ -171,6 +193,10 @@ SENSIBLE = [
     {"adapter.text_encoder": True, "adapter.text_encoder_parts": ["text_encoder_2"], "optimizer.text_encoder_learning_rate": 1e-5},
     {"adapter.text_encoder": True, "optimizer.text_encoder_2_learning_rate": 1e-5},
     {"tokens.train": "alone"},
+    {"adapter.kind": "loha", "output.formats": ["peft", "kohya"]},
+    {"adapter.dora": True, "output.formats": ["diffusers", "peft"]},
+    {**WORDS, "output.formats": ["kohya", "diffusers"], "output.metadata": "none"},
+    {"objective.zero_terminal_snr": True, "output.metadata": "minimal"},
     {"tokens.train": "first", "adapter.kind": "full"},
     {**WORDS, "tokens.handover": 1, "tokens.save": "bundled", "tokens.start": "words", "tokens.words": "a cat"},
     {**WORDS, "tokens.start": "class", "data.class_prompt": "a cat"},

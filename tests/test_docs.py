@@ -1,21 +1,27 @@
 """The documents are true: settings as in the code, commands that parse, links that lead somewhere.
 
-`python tests/test_docs.py` writes the table of settings into docs/training.md again.
+`python tests/test_docs.py` writes the table of settings into docs/training.md again, and those of round trips into
+docs/formats.md.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import round_trips
+from round_trips import KINDS, key_sets_table, round_trips_row, round_trips_table
 
+from sdlora.adapters.file import AdapterFile, read_adapter
 from sdlora.cli.generate import _parser as generate_parser
 from sdlora.cli.train import parse_arguments
 from sdlora.config import TrainConfig, field_descriptions, require_complete, setting_at
 
 ROOT = Path(__file__).parents[1]
+FORMATS = ROOT / "docs" / "formats.md"
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -50,6 +56,25 @@ def test_the_table_of_settings_is_the_code() -> None:
     assert settings_table() in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
+def test_the_layers_counted_are_those_of_the_true_architectures() -> None:
+    assert key_sets_table() in FORMATS.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_of_round_trips_is_what_happens(kind: str) -> None:
+    assert f"\n{round_trips_row(kind)}\n" in FORMATS.read_text(encoding="utf-8")
+
+
+def test_a_format_that_loses_something_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_half(path: Path) -> AdapterFile:
+        adapter = read_adapter(path)
+        return replace(adapter, layers=dict(list(adapter.layers.items())[::2]))
+
+    monkeypatch.setattr(round_trips, "read_adapter", read_half)
+    with pytest.raises(AssertionError, match="other bytes"):
+        round_trips_row("LoRA")
+
+
 def test_there_are_commands_to_check() -> None:
     assert len(ALL_COMMANDS) >= 6
 
@@ -82,6 +107,15 @@ def test_the_example_configuration_is_complete() -> None:
     assert (ROOT / config.data.folder).is_dir() and (ROOT / config.validation.folder).is_dir()
 
 
+def between(marker: str, text: str, table: str) -> str:
+    """The text with the table between `<!-- marker -->` and `<!-- end -->`."""
+    found = re.subn(
+        rf"(<!-- {marker} -->\n).*?(?=<!-- end -->)", lambda match: f"{match[1]}{table}\n", text, flags=re.S
+    )
+    assert found[1] == 1, f"{marker}: expected once"
+    return found[0]
+
+
 if __name__ == "__main__":
     path = ROOT / "docs" / "training.md"
     text = path.read_text(encoding="utf-8")
@@ -91,3 +125,7 @@ if __name__ == "__main__":
         ).replace("|\n\n\n", "|\n\n"),
         encoding="utf-8",
     )
+    text = FORMATS.read_text(encoding="utf-8")
+    for marker, table in (("layers", key_sets_table()), ("round trips", round_trips_table())):
+        text = between(marker, text, table)
+    FORMATS.write_text(text, encoding="utf-8")

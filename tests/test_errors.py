@@ -12,6 +12,7 @@ from sdlora import errors
         (errors.FormatError, errors.SdloraError, 1),
         (errors.ModelError, errors.SdloraError, 1),
         (errors.OutputError, errors.SdloraError, 1),
+        (errors.NetworkError, errors.SdloraError, 1),
         (errors.TrainingError, errors.SdloraError, 1),
         (errors.GenerationError, errors.SdloraError, 1),
         (errors.GenerationCancelled, errors.GenerationError, 1),

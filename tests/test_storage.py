@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -9,22 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from header_bytes import with_header
 from safetensors.torch import load_file, save
 
 from sdlora import storage
 from sdlora.errors import FormatError, OutputError
+from sdlora.headers import read_header
 from sdlora.storage import (
+    atomic_folder,
     atomic_path,
     cached_sha256,
     check_writable,
-    read_header,
+    hashes_of_file,
     read_tensors,
     remembered_sha256,
+    rewrite_metadata,
     serialize_tensors,
     sha256_of_file,
     sha256_of_tensor_data,
     write_bytes,
     write_json,
+    write_tensors,
     write_text,
 )
 
@@ -34,11 +40,6 @@ TENSORS = {
     "alpha": torch.tensor(3.0, dtype=torch.bfloat16),
     "none": torch.zeros(0, 5),
 }
-
-
-def with_header(header: object, data: bytes = b"") -> bytes:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(raw)) + raw + data
 
 
 # --- writing -----------------------------------------------------------------------------------------
@@ -93,6 +94,63 @@ def test_a_folder_in_place_of_the_file_is_refused_and_nothing_is_left(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["out.json"]
 
 
+def test_a_link_to_a_folder_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    real, link = tmp_path / "elsewhere" / "real", tmp_path / "here" / "link"
+    real.mkdir(parents=True)
+    (real / "old").write_text("old")
+    link.parent.mkdir()
+    link.symlink_to(real)
+    with atomic_folder(link) as temporary:
+        (temporary / "new").write_text("new")
+    assert link.is_symlink() and [item.name for item in real.iterdir()] == ["new"]
+    assert [item.name for item in real.parent.iterdir()] == ["real"]
+    assert [item.name for item in link.parent.iterdir()] == ["link"]
+
+
+def test_a_folder_takes_the_place_of_a_file(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with atomic_folder(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a").is_dir() and [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_loop_of_links_in_place_of_the_folder_is_refused_and_nothing_is_left(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OutputError, match="loop: cannot be written"), atomic_folder(tmp_path / "loop"):
+        pass
+    assert [item.name for item in tmp_path.iterdir()] == ["loop"]
+
+
+def test_a_folder_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    done, path = [], tmp_path / "folder"
+    path.mkdir()
+
+    sync, move, remove = os.fsync, Path.replace, shutil.rmtree
+
+    def fsync(handle):
+        done.append(os.fstat(handle).st_ino)
+        sync(handle)
+
+    def replace(self, target):
+        done.append("moved")
+        return move(self, target)
+
+    def rmtree(folder, **how):
+        done.append("removed")
+        remove(folder, **how)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with atomic_folder(path) as temporary:
+        (temporary / "a" / "b").mkdir(parents=True)
+        (temporary / "a" / "b" / "c").write_text("new")
+        below = {item.stat().st_ino for item in (temporary, *temporary.rglob("*"))}
+    assert len(below) == 4 and below == set(done[: done.index("moved")])
+    assert done[-5:-1] == ["moved", "moved", tmp_path.stat().st_ino, "removed"]  # the names, before the old folder goes
+    assert (path / "a" / "b" / "c").read_text() == "new"
+
+
 def test_check_writable_makes_the_folder_and_leaves_it_empty(tmp_path):
     check_writable(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
@@ -113,6 +171,18 @@ def test_hashes_of_the_file_and_of_the_data_behind_the_header(tmp_path):
 
 
 # --- safetensors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [20, 1 << 20, (1 << 20) + 5, (1 << 20) + (1 << 16) + 5, (3 << 20) + 7])
+@pytest.mark.parametrize("offset", [0, 13, (1 << 20) + 3])
+def test_all_hashes_of_a_file_are_told_by_one_reading(tmp_path, size, offset):
+    data = random.Random(size).randbytes(size)
+    (tmp_path / "a").write_bytes(data)
+    found = hashes_of_file(tmp_path / "a", offset)
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
+    assert found.data_sha256 == hashlib.sha256(data[offset:]).hexdigest()
+    old = data[0x100000:0x110000]  # as AUTOMATIC1111 has it
+    assert found.autov1 == (hashlib.sha256(old).hexdigest()[:8] if old else "")
 
 
 def test_the_librarys_own_reader_agrees(tmp_path):
@@ -153,6 +223,66 @@ def test_same_bytes_in_processes_with_different_hash_seeds():
     assert len(outputs) == 1
 
 
+def test_other_text_before_the_same_tensors_is_the_file_written_with_that_text(tmp_path):
+    source, target = tmp_path / "a.safetensors", tmp_path / "new" / "b.safetensors"
+    write_bytes(source, serialize_tensors(TENSORS, {"old": "text", "ss_note": "ä"}))
+    rewrite_metadata(source, target, {"z": "1", "a": "ü"})
+    assert target.read_bytes() == serialize_tensors(TENSORS, {"z": "1", "a": "ü"})
+    assert sha256_of_tensor_data(target) == sha256_of_tensor_data(source)
+    rewrite_metadata(source, source, {})  # in place
+    assert source.read_bytes() == serialize_tensors(TENSORS, {})
+    assert [item.name for item in source.parent.iterdir() if item.is_file()] == ["a.safetensors"]
+
+
+def test_the_order_of_a_foreign_files_data_stays_whatever_its_header_says(tmp_path):
+    data = bytes(range(12))
+    header = {
+        "b": {"dtype": "U8", "shape": [4], "data_offsets": [8, 12], "odd": 1},
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+    }
+    (tmp_path / "a").write_bytes(with_header(header, data))
+    rewrite_metadata(tmp_path / "a", tmp_path / "b", {"k": "v"}, {"a": "c"})
+    found = (tmp_path / "b").read_bytes()
+    (length,) = struct.unpack("<Q", found[:8])
+    assert length % 8 == 0 and found[8 + length :] == data
+    assert found[8 : 8 + length].rstrip(b" ") == (
+        b'{"__metadata__":{"k":"v"},"c":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"b":{"dtype":"U8","shape":[4],"data_offsets":[8,12]}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"alpha": "none"}, "a tensor cannot be called 'none', which is taken"),
+        ({"alpha": "x", "none": "x"}, "cannot be called 'x'"),
+        ({"alpha": "__metadata__"}, "cannot be called '__metadata__'"),
+        ({"beta": "x"}, "holds no tensor 'beta'"),
+        ({"alpha": "\ud800"}, "holds half a character"),
+    ],
+)
+def test_names_that_tensors_cannot_have_leave_the_target_as_it_was(tmp_path, keys, sentence):
+    write_bytes(tmp_path / "a", serialize_tensors(TENSORS, {}))
+    (tmp_path / "b").write_text("old")
+    with pytest.raises(FormatError, match=sentence):
+        rewrite_metadata(tmp_path / "a", tmp_path / "b", {}, keys)
+    assert (tmp_path / "b").read_text() == "old"
+    rewrite_metadata(tmp_path / "a", tmp_path / "b", {}, {"alpha": "none", "none": "alpha"})  # change places
+    assert read_tensors(tmp_path / "b")[0]["none"].item() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata"), [("\ud800", {}), ("w", {"k": "\udfff"}), ("w", {"\ud800": "v"})], ids=["name", "text", "key"]
+)
+def test_half_a_character_is_refused_by_all_that_write(tmp_path, name, metadata):
+    sentence = "^its header holds half a character, which cannot be written; remove it$"
+    with pytest.raises(FormatError, match=sentence):
+        serialize_tensors({name: torch.ones(1)}, metadata)
+    with pytest.raises(FormatError, match=sentence):
+        write_tensors(tmp_path / "a", {name: ("F32", (1,))}, lambda name: bytes(4), metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_tensor_that_is_no_contiguous_block_is_written(tmp_path):
     tensor = torch.arange(6.0).reshape(2, 3).T
     (tmp_path / "a.safetensors").write_bytes(serialize_tensors({"w": tensor}, {}))
@@ -165,81 +295,6 @@ def test_one_tensor_under_two_names_is_written_twice(tmp_path):
     read, _ = read_tensors(tmp_path / "a.safetensors")
     assert torch.equal(read["v"], tensor)
     assert torch.equal(read["w"], tensor)
-
-
-@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
-def test_header_lengths_that_look_like_a_pickle_are_read(tmp_path, length):
-    # 640 is 80 02 in little endian, which is also how a pickle of protocol 2 begins.
-    path = tmp_path / "a.safetensors"
-    missing = length - len(serialize_tensors({"w": torch.ones(1)}, {"m": ""})) + 8 + 4
-    data = serialize_tensors({"w": torch.ones(1)}, {"m": "x" * missing})
-    assert data[:2] == struct.pack("<H", length)
-    path.write_bytes(data)
-    assert list(read_header(path).tensors) == ["w"]
-
-
-ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-FOREIGN = {
-    "empty": (b"", "is empty"),
-    "tiny": (b"{}", "is only 2 bytes"),
-    "web page": (b"\n <!DOCTYPE html><html>Sign in</html>", "is a web page"),
-    "pickle": (b"\x80\x02}q\x00X\x03\x00\x00\x00abcq\x01K\x01s.", "is a pickle or zip archive"),
-    "pickle protocol 4": (b"\x80\x04\x95\x11\x00\x00\x00\x00\x00\x00\x00}.", "is a pickle or zip archive"),
-    "zip": (b"PK\x03\x04\x00\x00\x08\x08\x00\x00archive/data.pkl", "is a pickle or zip archive"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
-    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a safetensors file"),
-    "huge header": (struct.pack("<Q", 1 << 40) + bytes(100), "header should be 1099511627776 bytes"),
-    "no JSON": (with_header(b"{hello}"), "header does not parse"),
-    "a list": (with_header([1, 2]), "header does not parse"),
-    "deep": (with_header(b"[" * 50_000), "header does not parse"),
-    "number": (with_header(b'{"w":{"dtype":"F32","shape":[1e999],"data_offsets":[0,8]}}'), "does not parse"),
-    "metadata no text": (with_header({"__metadata__": {"a": 1}}), "header does not parse"),
-    "offsets missing": (with_header({"w": {"dtype": "F32", "shape": [2]}}), "header does not parse"),
-    "three offsets": (with_header({"w": {**ENTRY, "data_offsets": [0, 4, 8]}}), "header does not parse"),
-    "truncated": (with_header({"w": ENTRY}, bytes(7)), "is truncated or damaged"),
-    "too long": (with_header({"w": ENTRY}, bytes(9)), "is truncated or damaged"),
-    "overlap": (with_header({"v": ENTRY, "w": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)), "does not lie"),
-    "gap": (with_header({"w": {**ENTRY, "data_offsets": [8, 16]}}, bytes(16)), "does not lie"),
-    "size": (with_header({"w": {**ENTRY, "shape": [3]}}, bytes(8)), "does not lie"),
-    "negative": (with_header({"w": {**ENTRY, "shape": [-1, -2]}}, bytes(8)), "unknown type"),
-    "type": (with_header({"w": {**ENTRY, "dtype": "F33"}}, bytes(8)), "unknown type 'F33'"),
-    "type list": (with_header({"w": {**ENTRY, "dtype": ["F32"]}}, bytes(8)), "unknown type"),
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_what_is_no_sound_safetensors_file_is_refused_in_one_sentence(tmp_path, name):
-    data, expected = FOREIGN[name]
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(data)
-    for read in (read_header, read_tensors):
-        with pytest.raises(FormatError, match=expected) as caught:
-            read(path)
-        assert str(caught.value).startswith(str(path))
-        assert "\n" not in str(caught.value)
-
-
-def test_a_folder_a_missing_file_and_a_pipe_are_refused(tmp_path):
-    with pytest.raises(FormatError, match="is a folder"):
-        read_header(tmp_path)
-    with pytest.raises(FormatError, match="cannot be read"):
-        read_header(tmp_path / "missing.safetensors")
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FormatError, match="not an ordinary file"):
-        read_header(tmp_path / "pipe")
-
-
-def test_headers_that_only_the_librarys_reader_refuses(tmp_path):
-    path = tmp_path / "a.safetensors"
-    # JSON's numbers may be 2.0, the library's may not; JSON may be UTF-16, the library's may not.
-    for header in (
-        b'{"w":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}',
-        json.dumps({"w": ENTRY}).encode("utf-16"),
-        b'{"__metadata__":[],"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-    ):
-        path.write_bytes(with_header(header, bytes(8)))
-        with pytest.raises(FormatError):
-            read_tensors(path)
 
 
 def test_random_damage_is_refused_or_harmless(tmp_path):
@@ -315,3 +370,42 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
     path.write_bytes(b"abc")
     assert cached_sha256(path) == hashlib.sha256(b"abc").hexdigest()
+
+
+# --- the header alone
+
+
+def test_new_text_leaves_the_tensors_as_they_are(tmp_path):
+    source, target = tmp_path / "a.safetensors", tmp_path / "new" / "b.safetensors"
+    source.write_bytes(serialize_tensors(TENSORS, {"old": "1", "kept": "2"}))
+    rewrite_metadata(source, target, {"zorb": "ü", "kept": "2"})
+    assert target.read_bytes() == serialize_tensors(TENSORS, {"kept": "2", "zorb": "ü"})
+    assert sha256_of_tensor_data(target) == sha256_of_tensor_data(source)
+    rewrite_metadata(target, target, {})
+    assert target.read_bytes() == serialize_tensors(TENSORS, {})
+    assert len(list(target.parent.iterdir())) == 1
+
+
+def test_the_order_of_tensors_in_other_programs_files_stays(tmp_path):
+    entry = {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}
+    source = tmp_path / "a.safetensors"
+    source.write_bytes(with_header({"a": entry, "b": entry | {"data_offsets": [0, 1]}}, b"xy"))
+    rewrite_metadata(source, source, {"k": "v"})
+    assert source.read_bytes()[-2:] == b"xy" and read_header(source).data_offset % 8 == 0
+    assert load_file(source)["a"].tolist() == [ord("y")] and list(read_header(source).tensors) == ["b", "a"]
+
+
+def test_new_text_of_a_damaged_file_is_refused_and_nothing_is_written(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(serialize_tensors(TENSORS, {})[:-1])
+    with pytest.raises(FormatError, match="truncated or damaged"):
+        rewrite_metadata(tmp_path / "a.safetensors", tmp_path / "b.safetensors", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_header_larger_than_readers_take_is_refused(tmp_path, monkeypatch):
+    source = tmp_path / "a.safetensors"
+    source.write_bytes(serialize_tensors(TENSORS, {}))
+    monkeypatch.setattr(storage, "HEADER_LIMIT_BYTES", 1000)
+    with pytest.raises(OutputError, match="more than readers take"):
+        rewrite_metadata(source, source, {"k": "v" * 1000})
+    assert source.read_bytes() == serialize_tensors(TENSORS, {})

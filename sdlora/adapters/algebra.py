@@ -18,7 +18,7 @@ OnLayer = Callable[[int, int], None]
 """Called with (layers done, layers)."""
 _WIDE_CONVOLUTIONS = (".conv1", ".conv2", ".conv", ".conv_in", ".conv_out")
 _CONVOLVED_PROJECTIONS = ("sd1",)
-_FIRST_GUESS, _OVERSAMPLING, _POWER_STEPS = 32, 8, 4
+_FIRST_GUESS, _OVERSAMPLING, _POWER_STEPS = 32, 8, 3
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def spectrum_of_matrix(matrix: torch.Tensor, shape: tuple[int, ...], wanted: Tru
     reached; by a whole SVD where that is not much wider.
     """
     matrix = matrix.float()
-    total, smallest = float(matrix.double().square().sum()), min(matrix.shape)
+    total, smallest = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2, min(matrix.shape)
     width = wanted.rank if wanted.energy >= 1 else _FIRST_GUESS
     while width and (width + _OVERSAMPLING) * 3 < smallest and total:
         with torch.random.fork_rng(devices=[]):

@@ -33,6 +33,8 @@ class Kept:
     """What of an adapter survives one format."""
 
     format: str
+    place: Path
+    """Where it was written."""
     difference: Difference | None
     reason: str
     """Why the format cannot hold it, "" where it can."""
@@ -108,21 +110,22 @@ def with_precision(adapter: AdapterFile, precision: Precision) -> AdapterFile:
 
 def with_metadata(adapter: AdapterFile, level: MetadataLevel) -> AdapterFile:
     """Return the adapter with all its text, with what programs need to use it, or with none."""
-    if level == "full":
-        return adapter
-    kept = {key: text for key, text in adapter.metadata.items() if level == "minimal" and key in _NEEDED}
-    return replace(adapter, metadata=kept)
+    return replace(adapter, metadata=kept_text(adapter.metadata, level))
 
 
-def kept_by_formats(adapter: AdapterFile) -> list[Kept]:
-    """Return what each format that is written keeps of the adapter: written, read back and compared."""
+def kept_text(metadata: Mapping[str, str], level: MetadataLevel) -> dict[str, str]:
+    """Return what that amount of text keeps."""
+    return {key: text for key, text in metadata.items() if level == "full" or (level == "minimal" and key in _NEEDED)}
+
+
+def kept_by_formats(adapter: AdapterFile, folder: Path) -> list[Kept]:
+    """Return what each format that is written keeps of the adapter: written into the empty `folder` and read back."""
     found = []
     for format in FORMATS:
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder) / "adapter"
-            try:
-                write_adapter(adapter, place, format)
-                found.append(Kept(format, difference(adapter, read_written(adapter, place)), ""))
-            except FormatError as error:
-                found.append(Kept(format, None, str(error).removeprefix(f"{place}: not written: ")))
+        place = folder / format / "adapter.safetensors"
+        try:
+            write_adapter(adapter, place, format)
+            found.append(Kept(format, place, difference(adapter, read_written(adapter, place)), ""))
+        except FormatError as error:
+            found.append(Kept(format, place, None, str(error).removeprefix(f"{place}: not written: ")))
     return found

@@ -40,13 +40,16 @@ def merged_metadata(
     """Return what all the texts say of family and base, all their trigger words, and where the merge comes from."""
     first = texts[0]
     merged = {key: first[key] for key in _FAMILY if key in first and all(text.get(key) == first[key] for text in texts)}
-    merged["modelspec.merged_from"] = ", ".join(names)
-    phrases = [phrase.strip() for text in texts for phrase in text.get(_TRIGGERS, "").split(",") if phrase.strip()]
-    if phrases:
-        merged[_TRIGGERS] = ", ".join(dict.fromkeys(phrases))
     if tags := _tags(texts):
         merged[_TAGS] = json.dumps(tags)
-    return with_network(merged, layers)
+    return with_network(merged | merged_from(texts, names), layers)
+
+
+def merged_from(texts: Sequence[Mapping[str, str]], names: Sequence[str]) -> dict[str, str]:
+    """Return the entries that name the parts of a merge and all their trigger words."""
+    phrases = [phrase.strip() for text in texts for phrase in text.get(_TRIGGERS, "").split(",") if phrase.strip()]
+    triggers = {_TRIGGERS: ", ".join(dict.fromkeys(phrases))} if phrases else {}
+    return {"modelspec.merged_from": ", ".join(names), **triggers}
 
 
 def _tags(texts: Sequence[Mapping[str, str]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from sdlora.adapters.formats import embedding, embedding_pickle
-from sdlora.adapters.formats.embedding_keys import BUNDLE, EMBEDDINGS, file_name, is_embedding, named_words
+from sdlora.adapters.formats.embedding_keys import BUNDLE, EMBEDDINGS, file_names, is_embedding, named_words
 from sdlora.adapters.formats.embedding_keys import family_of as words_family
 from sdlora.adapters.formats.layer_parts import layers_of
 from sdlora.adapters.layers import AdapterLayer
@@ -87,19 +87,24 @@ def adapter_family(path: Path | str) -> str:
 
 def _read_words_beside(folder: Path, metadata: Mapping[str, str]) -> dict[str, embedding.Vectors]:
     """Return the words that an adapter names from their embedding files. Raises FormatError where one is missing."""
-    words = {}
-    for word, digest in named_words(metadata).items():
-        name = file_name(word)
-        there = [place for place in (folder / name, folder / EMBEDDINGS / name) if place.is_file()]
-        found = [vectors for place in there if embedding.digest(vectors := _read_vectors(place)) == digest]
-        if not found:
-            problem = f"and {there[0]} holds other vectors than it was trained with" if there else "which is not there"
-            raise FormatError(
-                f"was trained together with the new word {word!r}, {problem}; "
-                f"put its own {name} beside it or in {folder / EMBEDDINGS}"
-            )
-        words[word] = found[0]
-    return words
+    return {word: _read_vectors(word_beside(folder, word, digest)) for word, digest in named_words(metadata).items()}
+
+
+def word_beside(folder: Path, word: str, digest: str) -> Path:
+    """Return the embedding file of a word that an adapter in `folder` names, whose vectors are those of the digest.
+
+    Raises FormatError where there is none.
+    """
+    names = file_names(word)
+    there = [place for name in names for place in (folder / name, folder / EMBEDDINGS / name) if place.is_file()]
+    for place in there:
+        if embedding.digest(_read_vectors(place)) == digest:
+            return place
+    problem = f"and {there[0]} holds other vectors than it was trained with" if there else "which is not there"
+    raise FormatError(
+        f"was trained together with the new word {word!r}, {problem}; "
+        f"put its own {names[0]} beside it or in {folder / EMBEDDINGS}"
+    )
 
 
 def _read_vectors(file: Path) -> embedding.Vectors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,11 +10,10 @@ from torch import nn
 
 from sdlora.adapters.branches import attach, branch_of, branch_tensors, branches_off, detach, set_strengths
 from sdlora.adapters.file import AdapterFile
-from sdlora.adapters.layers import AdapterLayer, DoraLayer
+from sdlora.adapters.fit import refuse_misfit
 from sdlora.adapters.live import bare, has_float32_peft_adapter, locate, peft_off, remove_peft_adapter, set_peft_weights
 from sdlora.errors import ModelError
 from sdlora.families.base import LoadedBase
-from sdlora.families.traits import FamilyTraits, family_title
 from sdlora.families.words import knowing
 
 
@@ -25,7 +23,6 @@ def add_adapter(base: LoadedBase, name: str, adapter: AdapterFile) -> None:
     Its layers may be of any kinds. Raises ModelError, with the base unchanged, when a layer is missing from the
     base or has another shape there: such an adapter was made for another kind of base.
     """
-    refuse_other_family(adapter.family, base.family.traits, base.source.name)
     modules = dict(base.components())
     located = {path: locate(modules, path) for path in adapter.layers}
     _check_fit(base, adapter, located)
@@ -60,41 +57,14 @@ def remove_adapter(base: LoadedBase, name: str) -> None:
     remove_peft_adapter(base, name)
 
 
-def refuse_other_family(adapter_family: str, family: FamilyTraits, base_name: str) -> None:
-    """Raise ModelError where an adapter says that it was made for another family than the base's."""
-    if adapter_family and adapter_family != family.name:
-        raise ModelError(
-            f"the adapter is for {family_title(adapter_family)}, the base {base_name} is {family.title}; choose one that fits it"
-        )
-
-
 def _check_fit(base: LoadedBase, adapter: AdapterFile, located: Mapping[str, str]) -> None:
     modules = dict(base.components())
-    problems = []
-    for path, layer in adapter.layers.items():
-        if not located[path]:
-            problems.append(f"{path} does not exist there")
-        elif problem := _misfit(_weight_shape(_module(modules, located[path])), layer):
-            problems.append(f"{path} {problem}")
-    if not problems and len(set(located.values())) < len(located):
-        problems.append("one layer of the base is named twice in the file")
-    if problems:
+    shapes = {path: _weight_shape(_module(modules, live)) for path, live in located.items() if live}
+    refuse_misfit(adapter, shapes, base.source.name, base.family.traits)
+    if len(set(located.values())) < len(located):
         raise ModelError(
-            f"the adapter does not fit the base {base.source.name} ({base.family.title}): "
-            f"{len(problems)} of {len(adapter.layers)} layers differ, such as {problems[0]}; "
-            f"it was trained on another base (the file says {adapter.metadata.get('ss_sd_model_name', adapter.family)})"
+            f"the adapter does not fit the base {base.source.name}: one of its layers is named twice in the file"
         )
-
-
-def _misfit(expected: tuple[int, ...], layer: AdapterLayer) -> str:
-    """Return why an adapter's layer does not fit a weight of the shape `expected`, or ""."""
-    given = (*layer.shape, 1, 1)[:4]
-    flattened = layer.shape == (*expected[:1], math.prod(expected[1:]))
-    if not expected or (given != expected and not flattened):
-        return f"is {expected or 'no linear or convolution layer'} there and {given} in the file"
-    if isinstance(layer, DoraLayer) and layer.by_column and layer.magnitude.shape[1] != expected[1]:
-        return f"has {expected[1]} input channels there and {layer.magnitude.shape[1]} magnitudes in the file"
-    return ""
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:

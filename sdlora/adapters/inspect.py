@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdlora.adapters.formats import peft
-from sdlora.adapters.formats.detect import EMBEDDING
+from sdlora.adapters.formats.detect import EMBEDDING, Contents
 from sdlora.adapters.formats.embedding_keys import bundled_word, is_embedding, named_words, word_of
 from sdlora.adapters.formats.ordered import words as marked_words
 from sdlora.adapters.formats.parts import kinds_of, rank_of
 from sdlora.adapters.formats.places import COMPONENTS
 from sdlora.adapters.stored import Stored, adapter_hashes, is_pickle, stored
 from sdlora.errors import FormatError
+from sdlora.headers import TensorLayout
 from sdlora.storage import user_path
 
 _HASH = "sshs_model_hash"
@@ -65,33 +66,59 @@ def inspect_adapter(path: Path | str, *, header_only: bool = False) -> AdapterRe
     if is_pickle(user_path(path)):
         return _report_of_pickle(user_path(path))
     found = stored(path)
-    places, shapes = found.contents.places, found.shapes
-    layers = {name: places.shapes_of(name, shapes) for name in places.layers}
-    ranks = sorted({rank_of(parts) for parts in layers.values()} - {0})
-    problems = list(places.problems)
-    if places.unknown:
-        problems.append(f"{len(places.unknown)} tensors are not understood, such as {places.unknown[0]!r}")
+    layers = (_known_layers if found.layout.is_usual else _layers)(found.contents, found.layout)
+    problems = list(layers.problems)
     numbers = _Numbers()
     if not header_only:
         numbers = _read_numbers(found)
         problems += numbers.problems
-    components = Counter(name.partition(".")[0] for name in layers)
     return AdapterReport(
         path=found.path,
         format=found.contents.format,
         family=found.contents.family,
-        modules={name: components[name] for name in COMPONENTS},
-        kinds=dict(Counter(_kind(frozenset(parts)) for parts in layers.values())),
-        rank=_one_or_all(ranks),
+        modules=dict(layers.modules),
+        kinds=dict(layers.kinds),
+        rank=_one_or_all(list(layers.ranks)),
         alpha=_one_or_all(sorted(numbers.alphas)),
-        tokens=_words(found),
-        unknown_keys=list(places.unknown),
+        tokens=_words(found, layers.bundled),
+        unknown_keys=list(found.contents.places.unknown),
         problems=list(dict.fromkeys(problems)),
         metadata=found.metadata,
         bytes=sum(file.stat().st_size for file in found.files.values()),
         sha256=numbers.sha256,
         autov3=numbers.autov3,
     )
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What keys and shapes tell of a file's layers."""
+
+    modules: Mapping[str, int]
+    kinds: Mapping[str, int]
+    ranks: Sequence[int]
+    bundled: Sequence[str]
+    """Words inside the file."""
+    problems: Sequence[str]
+
+
+def _layers(contents: Contents, layout: TensorLayout) -> _Layers:
+    places = contents.places
+    layers = {name: places.shapes_of(name, layout.shapes) for name in places.layers}
+    problems = list(places.problems)
+    if places.unknown:
+        problems.append(f"{len(places.unknown)} tensors are not understood, such as {places.unknown[0]!r}")
+    components = Counter(name.partition(".")[0] for name in layers)
+    return _Layers(
+        modules={name: components[name] for name in COMPONENTS},
+        kinds=dict(Counter(_kind(frozenset(parts)) for parts in layers.values())),
+        ranks=sorted({rank_of(parts) for parts in layers.values()} - {0}),
+        bundled=list(dict.fromkeys(bundled[0] for key in layout.shapes if (bundled := bundled_word(key)))),
+        problems=problems,
+    )
+
+
+_known_layers = lru_cache(maxsize=32)(_layers)  # both are the same objects for files of one make
 
 
 def _report_of_pickle(path: Path) -> AdapterReport:
@@ -183,18 +210,16 @@ def _kind(parts: frozenset[str]) -> str:
     return f"dora {kind}" if "dora_scale" in parts else kind
 
 
-def _words(found: Stored) -> list[str]:
-    return list(dict.fromkeys(_all_words(found)))
+def words_of(found: Stored) -> list[str]:
+    """Return the new words of an adapter: an embedding's own, those inside the file, those that it names beside it."""
+    return _words(found, [bundled[0] for key in found.shapes if (bundled := bundled_word(key))])
 
 
-def _all_words(found: Stored) -> Iterator[str]:
+def _words(found: Stored, bundled: Sequence[str]) -> list[str]:
     shapes, metadata = found.shapes, found.metadata
     if found.contents.format == EMBEDDING and is_embedding(shapes):
-        yield word_of(shapes, metadata, found.path.stem)
-        return
-    yield from (bundled[0] for key in shapes if (bundled := bundled_word(key)))
-    yield from marked_words(shapes, metadata)
-    yield from named_words(metadata)
+        return [word_of(shapes, metadata, found.path.stem)]
+    return list(dict.fromkeys([*bundled, *marked_words(shapes, metadata), *named_words(metadata)]))
 
 
 def _one_or_all(numbers: list[Number]) -> Number | list[Number] | None:

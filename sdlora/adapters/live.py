@@ -13,21 +13,12 @@ from torch import nn
 
 from sdlora.families.base import LoadedBase
 from sdlora.families.quantize import full_weight
-
-_TEXT_MODEL = "text_model."
-_INSIDE_TEXT_MODEL = ("embeddings.", "encoder.", "final_layer_norm")
+from sdlora.families.traits import TEXT_MODEL
 
 
 def bare(layer: nn.Module) -> Any:
     """Return the base's own layer, which adapters may have wrapped."""
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-
-
-def canonical(component: str, path: str) -> str:
-    """Return the path that files use: text encoders keep the "text_model." that newer libraries dropped."""
-    if component.startswith("text_encoder") and path.startswith(_INSIDE_TEXT_MODEL):
-        return f"{component}.{_TEXT_MODEL}{path}"
-    return f"{component}.{path}"
 
 
 def locate(modules: Mapping[str, nn.Module], path: str) -> str:
@@ -36,7 +27,7 @@ def locate(modules: Mapping[str, nn.Module], path: str) -> str:
     module = modules.get(component)
     if module is None:
         return ""
-    for candidate in (inside, inside.removeprefix(_TEXT_MODEL)):
+    for candidate in (inside, inside.removeprefix(TEXT_MODEL)):
         try:
             module.get_submodule(candidate)
         except AttributeError:

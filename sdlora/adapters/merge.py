@@ -25,6 +25,7 @@ from sdlora.adapters.algebra import (
 )
 from sdlora.adapters.derived import merged_metadata
 from sdlora.adapters.file import AdapterFile
+from sdlora.adapters.formats.places import COMPONENTS
 from sdlora.adapters.layers import AdapterLayer, DeltaLayer, DenseLayer, DoraLayer, LoraLayer, with_tensors
 from sdlora.errors import ConfigError, FormatError
 from sdlora.families.traits import family_title
@@ -41,6 +42,11 @@ class MergePart:
     weight: float = 1.0
     weights: Mapping[str, float] = field(default_factory=dict)
     """By the beginning of module paths: "text_encoder", "unet.down_blocks.1"; the longest that fits counts."""
+
+    @property
+    def title(self) -> str:
+        """Its name and weight, as the text of the result has it."""
+        return f"{self.name} {self.weight:g}"
 
     def weight_of(self, path: str) -> float:
         """Return how strongly the layer at `path` counts."""
@@ -81,14 +87,14 @@ def merge(parts: Sequence[MergePart], settings: MergeSettings, on_layer: OnLayer
     Raises FormatError for adapters of different families, for DoRA, whose update depends on the base, and for a word
     that two of them know with different vectors; ConfigError for weights of layers that a part does not have.
     """
-    _check(parts)
+    refuse_wrong_parts(parts)
     family = next((part.adapter.family for part in parts if part.adapter.family), "")
     paths = list(dict.fromkeys(path for part in parts for path in part.adapter.layers))
     layers: dict[str, AdapterLayer] = {}
     error = total = worst_error = 0.0
     worst = ""
     for number, path in enumerate(paths, start=1):
-        found = [(weight, part.adapter.layers[path]) for part in parts if (weight := _weight(part, path))]
+        found = layers_at(parts, path)
         if found:
             layer, apart, size = _merge_layer(path, family, found, settings)
             layers[path] = layer
@@ -99,9 +105,8 @@ def merge(parts: Sequence[MergePart], settings: MergeSettings, on_layer: OnLayer
             on_layer(number, len(paths))
     if not layers:
         raise FormatError("nothing is left to merge: no adapter has layers, or all weights are 0")
-    names = [f"{part.name} {part.weight:g}" for part in parts]
-    metadata = merged_metadata([part.adapter.metadata for part in parts], names, layers)
-    adapter = AdapterFile(layers, family, metadata, dict(_words(parts)))
+    metadata = merged_metadata([part.adapter.metadata for part in parts], [part.title for part in parts], layers)
+    adapter = AdapterFile(layers, family, metadata, words_of(parts))
     return Merged(adapter, (error / total) ** 0.5 if total else 0.0, worst, worst_error)
 
 
@@ -115,7 +120,7 @@ def _merge_layer(
         raise FormatError(f"layer {path} is for weights of the shapes {' and '.join(map(str, sorted(shapes)))}")
     shape = shapes.pop()
     dtype = max((layer.tensors()[0].dtype for _, layer in weighted), key=lambda dtype: dtype.itemsize)
-    true = _combined(weighted, path, settings)
+    true = combined([weight * layer.delta_weight().flatten(1) for weight, layer in weighted], path, settings)
     layer = with_tensors(_as_layer(weighted, true, shape, settings), lambda tensor: tensor.to(dtype).contiguous())
     made = layer.delta_weight().reshape(true.shape)
     return layer, float((made - true).double().norm()), float(true.double().norm())
@@ -147,16 +152,16 @@ def _as_layer(
     return spectrum.layer(settings.keep.rank_of(spectrum), torch.float32)
 
 
-def _combined(weighted: Sequence[tuple[float, DeltaLayer]], path: str, settings: MergeSettings) -> torch.Tensor:
-    """Return what the updates of one layer should be together, [out, in * kh * kw] float32."""
-    updates = [weight * layer.delta_weight().flatten(1) for weight, layer in weighted]
-    if settings.method == "linear":
-        return torch.stack(updates).sum(dim=0) if len(updates) > 1 else updates[0]
+def combined(updates: Sequence[torch.Tensor], path: str, settings: MergeSettings) -> torch.Tensor:
+    """Return what weighted updates [out, in * kh * kw] of the layer at `path` are together by the chosen method."""
+    if settings.method == "ties":
+        return _elected(torch.stack([_trimmed(update, settings.density) for update in updates]))
     if settings.method == "dare":
-        return torch.stack([_dropped(update, path, number, settings) for number, update in enumerate(updates)]).sum(
-            dim=0
-        )
-    return _elected(torch.stack([_trimmed(update, settings.density) for update in updates]))
+        updates = [_dropped(update, path, number, settings) for number, update in enumerate(updates)]
+    total = updates[0]
+    for update in updates[1:]:
+        total = total + update
+    return total
 
 
 def _trimmed(update: torch.Tensor, density: float) -> torch.Tensor:
@@ -181,7 +186,8 @@ def _dropped(update: torch.Tensor, path: str, number: int, settings: MergeSettin
     return update * kept / (1 - settings.drop)
 
 
-def _check(parts: Sequence[MergePart]) -> None:
+def refuse_wrong_parts(parts: Sequence[MergePart]) -> None:
+    """Raise FormatError for adapters of different families, ConfigError for weights of layers that a part lacks."""
     families = {part.adapter.family: part.name for part in parts if part.adapter.family}
     if len(families) > 1:
         (one, first), (two, second), *_ = families.items()
@@ -190,12 +196,20 @@ def _check(parts: Sequence[MergePart]) -> None:
         )
     for part in parts:
         for prefix, weight in part.weights.items():
-            if weight and not any(path == prefix or path.startswith(f"{prefix}.") for path in part.adapter.layers):
+            idle = not weight and prefix in COMPONENTS  # "no text encoder" of an adapter that has none
+            if not idle and not any(path == prefix or path.startswith(f"{prefix}.") for path in part.adapter.layers):
                 raise ConfigError(f"{part.name} has no layer that begins with {prefix!r}; see sdlora adapter inspect")
 
 
-def _weight(part: MergePart, path: str) -> float:
-    return part.weight_of(path) if path in part.adapter.layers else 0.0
+def layers_at(parts: Sequence[MergePart], path: str) -> list[tuple[float, AdapterLayer]]:
+    """Return (weight, layer) of the parts that change the layer at `path`."""
+    having = [part for part in parts if path in part.adapter.layers]
+    return [(weight, part.adapter.layers[path]) for part in having if (weight := part.weight_of(path))]
+
+
+def words_of(parts: Sequence[MergePart]) -> dict[str, Mapping[str, torch.Tensor]]:
+    """Return the words of all parts. Raises FormatError where two know one word with different vectors."""
+    return dict(_words(parts))
 
 
 def _plain(path: str, layer: AdapterLayer) -> DeltaLayer:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sdlora.adapters.algebra import OnLayer, Spectrum, Truncation, spectrum_of, weight_shape
+from sdlora.adapters.blocks import Energies
 from sdlora.adapters.derived import with_network
 from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.layers import AdapterLayer, DoraLayer
@@ -50,14 +51,6 @@ def resize(adapter: AdapterFile, wanted: Truncation, *, bytes: int = 0, on_layer
     return Resized(resized, _kept(spectra, ranks))
 
 
-def block_of(path: str) -> str:
-    """Return the block that a layer lies in: "unet.down_blocks.1", "unet.mid_block", "text_encoder"."""
-    component, *steps = path.split(".")
-    if component != "unet" or not steps:
-        return component
-    return ".".join(("unet", *steps[: 2 if steps[0] in ("down_blocks", "up_blocks") else 1]))
-
-
 def _energy_for(
     bytes: int, spectra: Mapping[str, Spectrum], dtypes: Mapping[str, torch.dtype], wanted: Truncation
 ) -> float:
@@ -82,10 +75,7 @@ def _energy_for(
 
 
 def _kept(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    kept: dict[str, float] = {}
+    energies = Energies()
     for path, spectrum in spectra.items():
-        for block in ("", block_of(path)):
-            totals[block] = totals.get(block, 0.0) + spectrum.total
-            kept[block] = kept.get(block, 0.0) + spectrum.total * spectrum.energy(ranks[path])
-    return {block: kept[block] / total if total else 1.0 for block, total in totals.items()}
+        energies.add(path, spectrum.total, spectrum.total * spectrum.energy(ranks[path]))
+    return energies.shares()

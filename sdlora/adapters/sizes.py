@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from sdlora.adapters.live import bare, canonical
+from sdlora.adapters.live import bare
 from sdlora.config import AdapterSection
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase
+from sdlora.families.traits import canonical
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdlora.adapters.formats import peft
-from sdlora.adapters.formats.detect import Contents, contents_of
+from sdlora.adapters.formats.detect import Contents, contents_of, telling
 from sdlora.adapters.formats.parts import Shape
 from sdlora.errors import FormatError
+from sdlora.headers import SafetensorsHeader, TensorLayout, read_header
 from sdlora.storage import (
-    SafetensorsHeader,
     is_there,
-    read_header,
     read_tensors,
     sha256_of_file,
     sha256_of_tensor_data,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PICKLES = (".pt", ".bin")
 """How embeddings that are pickles are called."""
-_LONGEST_SHOWN = 300
+_LONGEST_SHOWN, _LONGEST_KNOWN = 300, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,15 @@ class Stored:
     files: Mapping[str, Path]
     """By the component that every layer of the file is for, "" where the keys tell."""
     headers: Mapping[str, SafetensorsHeader]
-    shapes: Mapping[str, Shape]
+    layout: TensorLayout
     """Of all tensors, keys as `contents` has them."""
     contents: Contents
+    """The same object, and the same layout, for files that differ only in numbers and other text."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Of all tensors, keys as `contents` has them."""
+        return self.layout.shapes
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -101,25 +107,38 @@ def stored(path: Path | str) -> Stored:
         raise FormatError(f"{str(place)[:_LONGEST_SHOWN]}: there is no such adapter file")
     files = peft.weight_files(place) if place.is_dir() else {peft.component_of(place): place}
     headers = {component: read_header(file) for component, file in files.items()}
-    shapes = _shapes(headers)
+    layout = _layout(headers)
     try:
         if place.is_dir() or peft.folder_of(place):
             contents = peft.contents_of({name: (files[name], header) for name, header in headers.items()})
         else:
-            contents = contents_of(shapes, headers[""].metadata)
+            contents = _contents(layout, headers[""].metadata)
             if contents.format == peft.NAME:  # scale 1 would be a guess
                 raise FormatError(f"is PEFT's, without the {peft.CONFIG} that holds its scale; put it beside the file")
     except FormatError as error:
         raise FormatError(f"{place}: {error}") from error
-    return Stored(place, files, headers, shapes, contents)
+    return Stored(place, files, headers, layout, contents)
 
 
-def _shapes(headers: Mapping[str, SafetensorsHeader]) -> dict[str, Shape]:
-    return {
-        _key(component, key): entry.shape
-        for component, header in headers.items()
-        for key, entry in header.tensors.items()
-    }
+def _contents(layout: TensorLayout, metadata: Mapping[str, str]) -> Contents:
+    entries = frozenset(telling(metadata).items())
+    usual = layout.is_usual and sum(len(text) for _, text in entries) <= _LONGEST_KNOWN
+    return _known_contents(layout, entries) if usual else contents_of(layout.shapes, metadata)
+
+
+@lru_cache(maxsize=32)
+def _known_contents(layout: TensorLayout, entries: frozenset[tuple[str, str]]) -> Contents:
+    return contents_of(layout.shapes, dict(entries))
+
+
+def _layout(headers: Mapping[str, SafetensorsHeader]) -> TensorLayout:
+    """Return the layout of the only file, or of several one that has their tensors' keys behind components."""
+    if headers.keys() == {""}:
+        return headers[""].layout
+    layouts = {component: header.layout for component, header in headers.items()}
+    kinds = {_key(component, key): kind for component, own in layouts.items() for key, kind in own.kinds.items()}
+    shapes = {key: kind.shape for key, kind in kinds.items()}
+    return TensorLayout(kinds, shapes, sum(own.bytes for own in layouts.values()))
 
 
 def _key(component: str, key: str) -> str:

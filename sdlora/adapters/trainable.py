@@ -16,7 +16,7 @@ from sdlora.adapters.dora_norms import use_float32_norms
 from sdlora.adapters.dropout import drop_from_lora, drop_rows
 from sdlora.adapters.inject import set_adapter_weights
 from sdlora.adapters.layers import AdapterLayer, DeltaLayer
-from sdlora.adapters.live import bare, canonical, peft_names, wrapped_layers
+from sdlora.adapters.live import bare, peft_names, wrapped_layers
 from sdlora.adapters.sizes import Size, layer_sizes, peft_sizes
 from sdlora.adapters.starts import start_from
 from sdlora.adapters.trained_layers import TrainedDense, TrainedLayer, TrainedLoha, TrainedLokr, TrainedLora
@@ -26,6 +26,7 @@ from sdlora.config.combinations import adapter_clashes
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase, match_targets
 from sdlora.families.quantize import full_weight
+from sdlora.families.traits import canonical
 
 _KINDS: dict[str, Any] = {"lora": TrainedLora, "loha": TrainedLoha, "lokr": TrainedLokr}
 

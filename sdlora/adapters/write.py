@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from sdlora.adapters.stored import PICKLES
 from sdlora.errors import ConfigError, FormatError, OutputError
 from sdlora.storage import atomic_folder, is_there, serialize_tensors, user_path, write_bytes
 
-_OF_FORMATS = (WORD, WORDS, METADATA, "format")
+OF_FORMATS = (WORD, WORDS, METADATA, "format")
 """Header entries that a format writes by itself."""
 
 
@@ -31,32 +32,48 @@ def write_adapter(adapter: AdapterFile, path: Path | str, format: str = kohya.NA
     the format cannot hold, and OutputError, leaving an earlier file at `path` as it was.
     """
     place = user_path(path)
-    if place.suffix.lower() in PICKLES:
-        raise ConfigError(f"{place}: adapters are written as safetensors; name a file that ends in .safetensors")
+    refuse_pickle(place)
     if format not in FORMATS:
         raise ConfigError(f"adapter format {format!r} is unknown; known: {', '.join(FORMATS)}")
     if bundle and format != kohya.NAME:
         raise ConfigError(f"new words are bundled in kohya's format alone, not in {format}; leave them beside the file")
     if name := first_non_finite(adapter):
         raise FormatError(f"{path}: {name} holds NaN or infinity; not written")
-    metadata = {key: text for key, text in adapter.metadata.items() if key not in _OF_FORMATS}
-    if not adapter.layers and adapter.tokens and (not bundle or len(adapter.tokens) == 1):
-        for word, file in word_files(place, adapter.tokens, with_layers=False).items():
-            write_bytes(file, _word_bytes(adapter, word, metadata))
+    metadata = {key: text for key, text in adapter.metadata.items() if key not in OF_FORMATS}
+    alone = not adapter.layers and bool(adapter.tokens) and (not bundle or len(adapter.tokens) == 1)
+    if alone:
+        with _named(path):
+            words = word_files(place, adapter.tokens, with_layers=False)
+            contents = {file: _word_bytes(adapter, word, metadata) for word, file in words.items()}
+        for file, data in contents.items():
+            write_bytes(file, data)
         return
-    beside = {} if bundle else {file_name(word): _word_bytes(adapter, word, {}) for word in adapter.tokens}
-    if beside:
-        metadata[WORDS] = json.dumps(adapter.token_digests(), sort_keys=True)
-    try:
+    with _named(path):
+        beside = {} if bundle else {file_name(word): _word_bytes(adapter, word, {}) for word in adapter.tokens}
+        if beside:
+            metadata[WORDS] = json.dumps(adapter.token_digests(), sort_keys=True)
         files = _serialized(adapter, format, bundle, metadata)
-    except FormatError as error:
-        raise FormatError(f"{path}: not written: {error}") from error
     if format == peft.NAME:
         _write_folder(place, files | {f"{EMBEDDINGS}/{name}": data for name, data in beside.items()})
         return
     for name, data in beside.items():  # before the adapter that names them, which then never lacks them
         write_bytes(place.parent / EMBEDDINGS / name, data)
     write_bytes(place, files[""])
+
+
+@contextmanager
+def _named(path: Path | str) -> Iterator[None]:
+    """Inside, what a FormatError says is said of `path`."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{path}: not written: {error}") from error
+
+
+def refuse_pickle(place: Path) -> None:
+    """Raise ConfigError for a target that is called as pickles are."""
+    if place.suffix.lower() in PICKLES:
+        raise ConfigError(f"{place}: adapters are written as safetensors; name a file that ends in .safetensors")
 
 
 def read_written(adapter: AdapterFile, path: Path) -> AdapterFile:
@@ -76,8 +93,14 @@ def refuse_other_words(adapter: AdapterFile, path: Path, format: str) -> None:
     """
     if format == peft.NAME and adapter.layers:
         return  # the words lie in its own folder
-    for word, file in word_files(path, adapter.tokens, with_layers=bool(adapter.layers)).items():
-        if file == path or not is_there(file):
+    files = word_files(path, adapter.tokens, with_layers=bool(adapter.layers))
+    refuse_other_vectors(adapter, {word: file for word, file in files.items() if file != path})
+
+
+def refuse_other_vectors(adapter: AdapterFile, files: Mapping[str, Path]) -> None:
+    """Raise OutputError where one of {word: file} is there already and knows the word with other vectors."""
+    for word, file in files.items():
+        if not is_there(file):
             continue
         digest = adapter.token_digests()[word]
         if digest not in read_adapter(file).token_digests().values():
@@ -127,7 +150,14 @@ def _bytes_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
 
 def _write_folder(place: Path, files: Mapping[str, bytes]) -> None:
     """`place` is a folder of these files. Raises OutputError where more than an adapter of PEFT is there."""
-    place = place.resolve()
+    refuse_foreign_folder(place)
+    with atomic_folder(place) as temporary:
+        for name, data in files.items():
+            write_bytes(temporary / name, data)
+
+
+def refuse_foreign_folder(place: Path) -> None:
+    """Raise OutputError where more than an adapter of PEFT is at `place`, which a folder would replace."""
     if is_there(place):
         there = [file.relative_to(place) for file in place.rglob("*") if not file.is_dir()] if place.is_dir() else []
         foreign = [
@@ -136,6 +166,3 @@ def _write_folder(place: Path, files: Mapping[str, bytes]) -> None:
         if not peft.is_folder(place) or foreign:
             what = f"holds {foreign[0]} besides" if foreign else "is no folder of PEFT's"
             raise OutputError(f"{place}: is there already and {what}; name another folder")
-    with atomic_folder(place) as temporary:
-        for name, data in files.items():
-            write_bytes(temporary / name, data)

@@ -1,4 +1,4 @@
-"""`sdlora adapter inspect | convert | verify | merge | resize`: what adapter files are, and new ones made of them."""
+"""`sdlora adapter`: what adapter files are, new ones made of them, and their way to other people and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdlora.adapters.names import METADATA_LEVELS
-from sdlora.cli import adapter_work
+from sdlora.cli import adapter_extract, adapter_library, adapter_share, adapter_text, adapter_verify, adapter_work
+from sdlora.cli.adapter_output import add_json, add_output, add_source_and_target
 from sdlora.errors import FormatError
 from sdlora.storage import is_there, user_path
 
@@ -34,16 +35,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("path", type=Path, help="adapter file, PEFT's folder, or a folder of adapter files")
     inspect.add_argument("--header", action="store_true", help="read the header alone: no alpha, no hashes, quick")
-    inspect.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json(inspect)
     inspect.set_defaults(run=_inspect)
+    adapter_library.add_parsers(commands)
     convert = commands.add_parser(
         "convert",
         help="write an adapter in another format",
         description="Write an adapter in another format, read it back, and compare what both do to every layer.",
     )
-    convert.add_argument("source", type=Path, metavar="IN", help="adapter file of any format, or PEFT's folder")
-    convert.add_argument("target", type=Path, metavar="OUT", help="file, or for peft folder, to write")
-    adapter_work.add_output(convert)
+    add_source_and_target(convert)
+    add_output(convert)
     convert.add_argument(
         "--metadata",
         choices=METADATA_LEVELS,
@@ -51,24 +52,19 @@ def _parser() -> argparse.ArgumentParser:
         help="text in the header: all, what programs need to use the file rightly, or none",
     )
     convert.add_argument("--bundle", action="store_true", help="new words inside kohya's file instead of beside it")
+    add_json(convert)
     convert.set_defaults(run=_convert)
-    verify = commands.add_parser(
-        "verify",
-        help="whether a file comes through every format, or does the same as another",
-        description="Write the adapter in each format, read it back by that format's rules, and compare delta-W of "
-        "every layer; with --against compare with that file instead.",
-    )
-    verify.add_argument("path", type=Path, metavar="FILE", help="adapter file, or PEFT's folder")
-    verify.add_argument("--against", type=Path, metavar="OTHER", help="adapter that should do the same")
-    verify.add_argument("--json", action="store_true", help="print one JSON document")
-    verify.set_defaults(run=_verify)
+    adapter_verify.add_parsers(commands)
     adapter_work.add_parsers(commands)
+    adapter_extract.add_parsers(commands)
+    adapter_text.add_parsers(commands)
+    adapter_share.add_parsers(commands, describe=_lines)
     return parser
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from sdlora import inspect_adapter
     from sdlora.adapters.formats import peft
-    from sdlora.adapters.inspect import inspect_adapter
 
     path = user_path(options.path)
     if is_there(path) and path.is_dir() and not peft.is_folder(path):
@@ -120,6 +116,8 @@ def _summary(report: AdapterReport) -> str:
 def _lines(report: AdapterReport) -> Iterator[str]:
     from rich.filesize import decimal
 
+    from sdlora.adapters.header_text import plain
+
     yield f"{report.path}: {_summary(report)}"
     if report.alpha is not None:
         yield f"  alpha     {_numbers(report.alpha)}"
@@ -129,7 +127,7 @@ def _lines(report: AdapterReport) -> Iterator[str]:
         yield f"  autov3    {report.autov3}"
     for key in ("ss_output_name", "modelspec.trigger_phrase", "ss_sd_model_name", "modelspec.date"):
         if text := report.metadata.get(key):
-            yield f"  {key}: {text}"
+            yield f"  {key}: {plain(text)}"
     for problem in report.problems:
         yield f"  PROBLEM   {problem}"
 
@@ -139,7 +137,7 @@ def _numbers(found: float | list[int] | list[float]) -> str:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from sdlora.adapters.convert import convert_adapter
+    from sdlora import convert_adapter
 
     found = convert_adapter(
         options.source,
@@ -150,32 +148,9 @@ def _convert(options: argparse.Namespace) -> int:
         bundle=options.bundle,
         overwrite=options.overwrite,
     )
-    print(f"{options.target}: {options.format}, {found.sentence()}")
-    return 0
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from sdlora import read_adapter
-    from sdlora.adapters.convert import Kept, kept_by_formats
-    from sdlora.adapters.verify import difference
-
-    adapter = read_adapter(options.path)
-    if options.against:
-        kept = [Kept(str(options.against), difference(adapter, read_adapter(options.against)), "")]
-    else:
-        kept = kept_by_formats(adapter)
-    lines = [
-        {
-            "compared_with": entry.format,
-            "same": entry.difference.same if entry.difference else None,
-            "found": entry.difference.sentence() if entry.difference else entry.reason,
-        }
-        for entry in kept
-    ]
     if options.json:
-        print(json.dumps(lines, indent=2, ensure_ascii=False))
+        document = {"target": str(options.target), "format": options.format, "layers": found.layers}
+        print(json.dumps(document | {"largest_difference": found.largest, "worst_layer": found.worst}, indent=2))
     else:
-        for line in lines:
-            word = "cannot hold it" if line["same"] is None else "same" if line["same"] else "DIFFERS"
-            print(f"{line['compared_with']}: {word}: {line['found']}")
-    return 1 if any(line["same"] is False for line in lines) else 0
+        print(f"{options.target}: {options.format}, {found.sentence()}")
+    return 0

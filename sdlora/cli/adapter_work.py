@@ -1,22 +1,32 @@
-"""`sdlora adapter merge | resize`: adapters made from adapters."""
+"""`sdlora adapter merge | resize`: adapters made from adapters, and bases with adapters in them."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdlora.adapters.names import FORMATS, PRECISIONS
-from sdlora.errors import ConfigError
+from sdlora import BaseSection
+from sdlora.cli.adapter_output import (
+    add_json,
+    add_output,
+    add_source_and_target,
+    check_rank,
+    check_share,
+    check_target,
+    progress,
+    ranks_of,
+    span,
+    write_result,
+)
+from sdlora.errors import ConfigError, OutputError
 from sdlora.storage import is_there, user_path
 
 if TYPE_CHECKING:
-    from sdlora.adapters.file import AdapterFile
-    from sdlora.adapters.merge import MergePart
+    from sdlora import MergePart, MergeSettings
 
 
 _LARGEST_WEIGHT, _MOST_MEGABYTES = 1000.0, 100_000.0
@@ -28,9 +38,12 @@ def add_parsers(commands: Any) -> None:
         "merge",
         help="several adapters in one",
         description="Write the weighted sum of adapters of one family as one adapter. Without --rank and --energy it is "
-        "exact: LoRA with all ranks side by side. Printed is how far the file is from the true sum.",
+        "exact: LoRA with all ranks side by side. With --base OUT is a copy of that base with the sum in its weights. "
+        "Printed is how far the result is from the true sum.",
     )
-    merge.add_argument("target", type=Path, metavar="OUT", help="file, or for peft folder, to write")
+    merge.add_argument(
+        "target", type=Path, metavar="OUT", help="what to write: file, or folder for peft and for a base folder"
+    )
     merge.add_argument(
         "--adapter",
         action="append",
@@ -47,73 +60,128 @@ def add_parsers(commands: Any) -> None:
     merge.add_argument("--seed", type=int, default=0, help="dare: which")
     merge.add_argument("--rank", type=int, default=0, help="cut each layer off at this rank")
     merge.add_argument("--energy", type=float, default=1.0, help="cut each layer off at this share of its squared norm")
+    merge.add_argument("--base", help="merge into a copy of this base: folder, checkpoint, hub id or tiny")
+    add_base_files(merge)
     add_output(merge)
-    merge.add_argument("--json", action="store_true", help="print one JSON document")
-    merge.set_defaults(run=_merge)
+    add_json(merge)
+    merge.set_defaults(run=_merge, format=None)
     resize = commands.add_parser(
         "resize",
         help="fewer ranks, a smaller file",
         description="Cut each layer's update off where its singular values say, and tell what each block keeps of it.",
     )
-    resize.add_argument("source", type=Path, metavar="IN", help="adapter file of any format, or PEFT's folder")
-    resize.add_argument("target", type=Path, metavar="OUT", help="file, or for peft folder, to write")
+    add_source_and_target(resize)
     resize.add_argument("--rank", type=int, default=0, help="at this rank, at most")
     resize.add_argument("--energy", type=float, help="at this share of each layer's squared norm, such as 0.95")
     resize.add_argument("--error", type=float, help="at this relative error of each layer (Frobenius), such as 0.2")
     resize.add_argument("--megabytes", type=float, help="at the share of energy at which all weights take this much")
     add_output(resize)
-    resize.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json(resize)
     resize.set_defaults(run=_resize)
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """The parser takes how a result is written: its format, its precision, and whether it may replace something."""
-    parser.add_argument("--format", choices=FORMATS, default="kohya", help="kohya is read by most programs")
-    parser.add_argument("--precision", choices=PRECISIONS, help="of the weights; left out: as they are")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+def add_base_files(parser: argparse.ArgumentParser, whose: str = "") -> None:
+    """The parser takes what tells how the files of a base are to be understood."""
+    fields = BaseSection.model_fields
+    parser.add_argument("--base-config", default="", help=fields["config"].description)
+    parser.add_argument("--variant", default="", help=whose + (fields["variant"].description or ""))
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from sdlora.adapters.algebra import Truncation
+    from sdlora import MergeSettings, Truncation, merge
     from sdlora.adapters.convert import with_precision
-    from sdlora.adapters.merge import MergeSettings, merge
 
-    _check_share("--energy", options.energy)
-    _check_share("--density", options.density)
+    check_share("--energy", options.energy)
+    check_share("--density", options.density)
     if not 0 <= options.drop < 1:
         raise ConfigError(f"--drop is {options.drop:g}; expected 0 or more and less than 1")
-    _check_rank(options.rank)
-    _check_target(options)
+    check_rank("--rank", options.rank)
+    if not options.base:
+        for flag in ("base_config", "variant"):
+            if getattr(options, flag):
+                raise ConfigError(f"--{flag.replace('_', '-')} is for a base; name one with --base")
+    check_target(options)
     cut = Truncation(options.rank, options.energy) if options.rank or options.energy < 1 else None
     settings = MergeSettings(options.method, cut, options.density, options.drop, options.seed)
     parts = [_part(text) for text in options.adapter]
-    with _progress("merging") as on_layer:
+    if options.base:
+        return _merge_into_base(parts, settings, options)
+    options.format = options.format or "kohya"
+    with progress("merging") as on_layer:
         merged = merge(parts, settings, on_layer)
-    _write(with_precision(merged.adapter, options.precision) if options.precision else merged.adapter, options)
-    ranks = _ranks(merged.adapter)
-    found = {
-        "target": str(options.target),
-        "layers": len(merged.adapter.layers),
-        "ranks": ranks,
-        "error": merged.error,
-        "worst_layer": merged.worst,
-        "worst_error": merged.worst_error,
-    }
-    worst = f", at most {merged.worst_error:.1e} at {merged.worst}" if merged.worst else ""
-    print(
-        json.dumps(found, indent=2)
-        if options.json
-        else f"{options.target}: {len(merged.adapter.layers)} layers, rank {_span(ranks)}, relative error against the "
-        f"true sum {merged.error:.1e}{worst}"
-    )
+    write_result(with_precision(merged.adapter, options.precision) if options.precision else merged.adapter, options)
+    ranks = ranks_of(merged.adapter)
+    found: dict[str, Any] = {"target": str(options.target), "layers": len(merged.adapter.layers), "ranks": ranks}
+    _print_merged(found, f"rank {span(ranks)}", merged, options.json)
     return 0
 
 
+def _merge_into_base(parts: Sequence[MergePart], settings: MergeSettings, options: argparse.Namespace) -> int:
+    from sdlora import AdapterFile, merge_into_base, open_base, write_adapter
+    from sdlora.adapters.merge import words_of
+    from sdlora.adapters.write import refuse_other_vectors, word_files
+
+    if settings.keep:
+        raise ConfigError("--rank and --energy cut adapters off; with --base the whole sum goes into the weights")
+    if options.format:
+        raise ConfigError(f"--format {options.format} is for adapters; with --base OUT has the layout of the base")
+    base = open_base(BaseSection(path=options.base, config=options.base_config, variant=options.variant))
+    target = user_path(options.target)
+    check_target(options, keep=(base.facts.path, *(user_path(parse_weights(text)[0]) for text in options.adapter)))
+    _refuse_target(target, base.facts.path)
+    words = words_of(parts)
+    files = word_files(target, words, with_layers=True)
+    refuse_other_vectors(AdapterFile({}, base.family.name, {}, words), files)
+    for word, file in files.items():  # before the base, which is of no use without them
+        write_adapter(AdapterFile({}, base.family.name, {}, {word: words[word]}), file)
+    with progress("merging") as on_layer:
+        merged = merge_into_base(parts, base, target, settings, precision=options.precision or "", on_layer=on_layer)
+    found = {
+        "target": str(options.target),
+        "layers": merged.layers,
+        "embeddings": [str(file) for file in files.values()],
+    }
+    _print_merged(found, base.family.title, merged, options.json)
+    rescaled = [part.name for part in parts if part.adapter.metadata.get("ss_zero_terminal_snr") == "True"]
+    if rescaled and not base.facts.zero_terminal_snr and not options.json:
+        print(
+            f"  {', '.join(rescaled)}: trained for zero terminal SNR; choose that schedule wherever the merged base is used"
+        )
+    if files and not options.json:
+        print(f"  a base has no place for new words; they lie beside it: {', '.join(map(str, files.values()))}")
+    return 0
+
+
+def _refuse_target(target: Path, base: Path) -> None:
+    """Raise where a merged base cannot be written to `target`."""
+    if base.is_file():
+        if target.suffix != ".safetensors" or target.is_dir():
+            raise ConfigError(f"{target}: a merged checkpoint is a .safetensors file; name one")
+        return
+    if not is_there(target):
+        return
+    known = {entry.name for entry in base.iterdir()}
+    foreign = [entry.name for entry in target.iterdir() if entry.name not in known] if target.is_dir() else []
+    if not (target / "model_index.json").is_file() or foreign:
+        what = f"holds {foreign[0]}, which is no part of a base" if foreign else "is no base folder"
+        raise OutputError(f"{target}: is there already and {what}; name another")
+
+
+def _print_merged(found: dict[str, Any], what: str, merged: Any, as_json: bool) -> None:
+    """Say what a merge has made, and how far it is from the true sum."""
+    if as_json:
+        errors = {"error": merged.error, "worst_layer": merged.worst, "worst_error": merged.worst_error}
+        print(json.dumps(found | errors, indent=2))
+        return
+    worst = f", at most {merged.worst_error:.1e} at {merged.worst}" if merged.worst else ""
+    print(
+        f"{found['target']}: {found['layers']} layers, {what}, relative error against the true sum {merged.error:.1e}{worst}"
+    )
+
+
 def _resize(options: argparse.Namespace) -> int:
-    from sdlora import read_adapter
-    from sdlora.adapters.algebra import Truncation
+    from sdlora import Truncation, read_adapter, resize
     from sdlora.adapters.convert import with_precision
-    from sdlora.adapters.resize import resize
 
     chosen = [name for name in ("energy", "error", "megabytes") if getattr(options, name) is not None]
     if len(chosen) > 1:
@@ -122,29 +190,29 @@ def _resize(options: argparse.Namespace) -> int:
         )
     if not chosen and not options.rank:
         raise ConfigError("nothing says where to cut; give --rank, --energy, --error or --megabytes")
-    _check_rank(options.rank)
+    check_rank("--rank", options.rank)
     energy = 1.0
     if options.energy is not None:
-        _check_share("--energy", options.energy)
+        check_share("--energy", options.energy)
         energy = options.energy
     if options.error is not None:
-        _check_share("--error", options.error)
+        check_share("--error", options.error)
         energy = 1 - options.error**2
     size = _bytes(options.megabytes)
-    _check_target(options)
+    check_target(options)
     adapter = read_adapter(options.source)
     if options.precision:
         adapter = with_precision(adapter, options.precision)
-    with _progress("resizing") as on_layer:
+    with progress("resizing") as on_layer:
         resized = resize(adapter, Truncation(options.rank, energy), bytes=size, on_layer=on_layer)
-    _write(resized.adapter, options)
-    ranks = _ranks(resized.adapter)
+    write_result(resized.adapter, options)
+    ranks = ranks_of(resized.adapter)
     if options.json:
         found = {"target": str(options.target), "layers": len(adapter.layers), "ranks": ranks, "energy": resized.energy}
         print(json.dumps(found, indent=2))
         return 0
     print(
-        f"{options.target}: {len(adapter.layers)} layers, rank {_span(ranks)}, {resized.energy['']:.2%} of the energy kept"
+        f"{options.target}: {len(adapter.layers)} layers, rank {span(ranks)}, {resized.energy['']:.2%} of the energy kept"
     )
     for block, share in resized.energy.items():
         if block:
@@ -153,8 +221,7 @@ def _resize(options: argparse.Namespace) -> int:
 
 
 def _part(text: str) -> MergePart:
-    from sdlora import read_adapter
-    from sdlora.adapters.merge import MergePart
+    from sdlora import MergePart, read_adapter
 
     place, weight, weights = parse_weights(text)
     return MergePart(Path(place).stem, read_adapter(place), weight, weights)
@@ -176,24 +243,13 @@ def parse_weights(text: str) -> tuple[str, float, dict[str, float]]:
             raise ConfigError(
                 f"--adapter {text}: {number!r} is no weight; expected FILE:0.8 or FILE:unet=0.8,text_encoder=0"
             )
+        if equals and (not prefix.strip() or prefix.strip() in weights):
+            raise ConfigError(f"--adapter {text}: {entry!r} names no part, or one for the second time")
         if equals:
             weights[prefix.strip()] = value
         else:
             weight = value
     return place, weight, weights
-
-
-def _write(adapter: AdapterFile, options: argparse.Namespace) -> None:
-    """The adapter is at the target, as a file that reads back as what it is. Raises SdloraError."""
-    from sdlora.adapters.convert import write_checked
-
-    write_checked(adapter, user_path(options.target), options.format)
-
-
-def _check_target(options: argparse.Namespace) -> None:
-    from sdlora.adapters.convert import refuse_existing
-
-    refuse_existing(user_path(options.target), options.overwrite)
 
 
 def _bytes(megabytes: float | None) -> int:
@@ -203,32 +259,3 @@ def _bytes(megabytes: float | None) -> int:
     if not 1e-6 <= megabytes <= _MOST_MEGABYTES:
         raise ConfigError(f"--megabytes is {megabytes:g}; expected more than 0 and at most {_MOST_MEGABYTES:g}")
     return int(megabytes * 1e6)
-
-
-def _check_share(flag: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ConfigError(f"{flag} is {value:g}; expected more than 0 and at most 1")
-
-
-def _check_rank(rank: int) -> None:
-    if rank < 0:
-        raise ConfigError(f"--rank is {rank}; expected 1 or more")
-
-
-def _ranks(adapter: AdapterFile) -> list[int]:
-    return sorted({layer.rank for layer in adapter.layers.values()})
-
-
-def _span(ranks: list[int]) -> str:
-    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that shows how many layers are done, on a terminal alone."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as shown:
-        task = shown.add_task(what)
-        yield lambda done, count: shown.update(task, completed=done, total=count)

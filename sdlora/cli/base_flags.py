@@ -29,7 +29,17 @@ def add_base_flags(parser: argparse.ArgumentParser, default: str | None = None) 
         parser.add_argument(flag, **options)
 
 
+def given_base_flags(options: argparse.Namespace) -> list[str]:
+    """Return the flags, --base aside, that say something else of the base than they would unsaid."""
+    fields = BaseSection.model_fields
+    return [flag for name, flag in _FLAGS.items() if getattr(options, _destination(flag)) != fields[name].default]
+
+
 def base_section(options: argparse.Namespace) -> BaseSection:
     """Return what the flags say of the base."""
-    values = {name: getattr(options, flag.removeprefix("--").replace("-", "_")) for name, flag in _FLAGS.items()}
+    values = {name: getattr(options, _destination(flag)) for name, flag in _FLAGS.items()}
     return BaseSection(path=options.base, **values)
+
+
+def _destination(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ COMMANDS = {
     "generate": "make pictures, with or without adapters",
     "app": "open the web page",
     "dataset": "check pictures before a run, write captions, see to the cache",
-    "adapter": "look at adapter files; convert, verify, merge, resize them",
+    "adapter": "adapter files: list, inspect, convert, verify, merge, extract, resize, share, fetch",
     "base": "look at a base model",
     "doctor": "check this machine and installation",
 }
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Run the command `name`; an error that sdlora explains is printed as one line."""
     quiet_libraries()
+    _print_whatever_there_is()
     try:
         module = importlib.import_module(f"sdlora.cli.{name}")
         return int(module.run(list(arguments)))
@@ -69,6 +71,13 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _print_whatever_there_is() -> None:
+    """A character that the terminal's code page does not have is printed as "?", instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a program that calls us may have put something else there
+            stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

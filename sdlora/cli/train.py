@@ -48,7 +48,9 @@ def _report(result: RunResult) -> None:
     if result.loss_before is not None and result.loss_after is not None:
         print(f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f}")
     print(result.effect.sentence())
-    print(f"adapter: {result.adapter} ({result.adapter.stat().st_size / 1024:.0f} KB)")
+    for path in result.formats.values():
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        print(f"adapter: {path} ({sum(file.stat().st_size for file in files) / 1024:.0f} KB)")
     for path in result.embeddings:
         needed = "" if result.effect.words_alone else " (share both, or set tokens.save = bundled for one file)"
         print(f"new word: {path}{needed}")

@@ -19,6 +19,8 @@ from sdlora.config.sections import TARGET_PRESETS, AdapterSection, Quantization,
 _DEFAULTS = TrainConfig()
 SCHEDULE_FREE, PRODIGY = "schedule-free", "prodigy"
 _SMALLEST_PRODIGY_FACTOR = 0.1
+_WITHOUT_KINDS: Mapping[str, tuple[str, ...]] = {"diffusers": ("loha", "lokr", "full"), "peft": ("lokr", "full")}
+"""Format -> kinds of adapter that have no place in it (docs/formats.md)."""
 _RESERVED_ARGUMENTS = {
     "params": "the trained weights are given anyway",
     "lr": "set optimizer.learning_rate",
@@ -40,7 +42,7 @@ def clashes(config: TrainConfig) -> list[Clash]:
     names every setting, is as sound as the one it came from.
     """
     found: dict[str, Clash] = {}
-    for rule in (_idle, _adapter, _tokens, _objective, _optimizer, _arguments, _training):
+    for rule in (_idle, _adapter, _tokens, _objective, _optimizer, _arguments, _training, _output):
         for clash in rule(config):
             found.setdefault(clash.key, clash)
     return list(found.values())
@@ -308,4 +310,33 @@ def _training(config: TrainConfig) -> Iterator[Clash]:
             "training.micro_batch",
             f"training.micro_batch is {config.training.micro_batch}, and a batch has {largest}; "
             "lower it, or raise training.batch_size",
+        )
+
+
+def _output(config: TrainConfig) -> Iterator[Clash]:
+    """Yield what would only be found out when the adapter is written."""
+    formats, kind = config.output.formats, config.adapter.kind
+    key = "output.formats"
+    if not formats:
+        yield Clash(key, f'{key} is empty; set it to any of "kohya", "diffusers", "peft"')
+    if twice := [name for name in formats if formats.count(name) > 1]:
+        yield Clash(key, f"{key} names {_shown(twice[0])} twice; remove one")
+    for name in formats if trains_adapter(config) else ():
+        if kind in _WITHOUT_KINDS.get(name, ()):
+            yield Clash(
+                key,
+                f"{key} has {_shown(name)}, which does not hold adapter.kind = {_shown(kind)}; remove it, as "
+                'kohya\'s format holds all, or set adapter.kind = "lora"',
+            )
+        if name != "kohya" and trains_tokens(config) and config.tokens.save == "bundled":
+            yield Clash(
+                key,
+                f'{key} has {_shown(name)}, and tokens.save is "bundled", which kohya\'s format alone can be; '
+                'remove it, or set tokens.save = "beside"',
+            )
+    if config.output.metadata == "none" and config.objective.zero_terminal_snr:
+        yield Clash(
+            "output.metadata",
+            'output.metadata is "none", and objective.zero_terminal_snr is true, which pictures are made by where the '
+            'file says so; set output.metadata = "minimal"',
         )

@@ -115,6 +115,7 @@ IDLE = (
     ),
     Idle(("tokens.words",), 'tokens.start = "words"', _is("tokens.start", "words")),
     Idle(("tokens.handover",), 'tokens.train = "together" or "first"', _is("tokens.train", "first", "together")),
+    Idle(("output.formats",), 'an adapter, and so tokens.train = "together" or "first"', trains_adapter),
     Idle(("tokens.save",), 'an adapter file, and so tokens.train = "together" or "first"', trains_adapter),
     Idle(("objective.huber_c", "objective.huber_schedule"), 'objective.loss = "huber"', _is("objective.loss", "huber")),
     Idle(("objective.min_snr_gamma",), 'objective.weighting = "min-snr"', _is("objective.weighting", "min-snr")),

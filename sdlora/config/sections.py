@@ -237,6 +237,10 @@ class OutputSection(Section):
     """Replace an earlier run in the same folder."""
     save_every_steps: Count = 0
     """Also save NAME-STEP.safetensors this often."""
+    formats: tuple[Literal["kohya", "diffusers", "peft"], ...] = ("kohya",)
+    """The finished adapter is written in each of them: NAME.safetensors, NAME-diffusers.safetensors, the folder NAME-peft."""
+    metadata: Literal["full", "minimal", "none"] = "full"
+    """Text in what is saved: how it was trained, what programs need to use it rightly, or none."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Also log loss and learning rate there; needs that program installed (pip install "sdlora[trackers]")."""
 

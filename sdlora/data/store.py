@@ -21,7 +21,8 @@ from typing import TypeVar
 import torch
 
 from sdlora.errors import DataError, FormatError, OutputError
-from sdlora.storage import check_writable, read_header, serialize_tensors, sha256_of_file, write_bytes
+from sdlora.headers import read_header
+from sdlora.storage import check_writable, serialize_tensors, sha256_of_file, write_bytes
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHARD_BYTES = 16 << 20

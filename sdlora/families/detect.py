@@ -22,7 +22,7 @@ from sdlora.families.traits import (
     describe_channels,
     tokenizer_folder,
 )
-from sdlora.storage import SafetensorsHeader, TensorEntry, read_header
+from sdlora.headers import SafetensorsHeader, TensorEntry, read_header
 
 if TYPE_CHECKING:
     from sdlora.diffusion import Prediction

@@ -27,7 +27,8 @@ from sdlora.families.sdxl import SDXL
 from sdlora.families.sources import checkpoint_tokenizers, find_base, folder_tokenizers
 from sdlora.families.traits import PREDICTION_TYPES, FamilyTraits
 from sdlora.families.weights import CheckpointWeights, FolderWeights, Weights, fill, skeleton
-from sdlora.storage import cached_sha256, read_header
+from sdlora.headers import read_header
+from sdlora.storage import cached_sha256
 
 FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (SD1, SD2, SDXL)}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,7 +80,7 @@ def explained(path: Path, family: FamilyTraits) -> Iterator[None]:
 
 def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtype: torch.dtype) -> LoadedBase:
     family = FAMILIES[facts.family.name]
-    weights = _weights(section, facts)
+    weights = stored_weights(section, facts)
     if facts.path.is_file():
         tokenizers = checkpoint_tokenizers(section, family, facts.path, weights.configs)
         digest = cached_sha256(facts.path)
@@ -120,7 +121,8 @@ def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtyp
     return base
 
 
-def _weights(section: BaseSection, facts: BaseFacts) -> Weights:
+def stored_weights(section: BaseSection, facts: BaseFacts) -> Weights:
+    """Return where the weights of the base that `facts` are of lie. Raises ModelError where its description is missing."""
     if facts.path.is_dir():
         return FolderWeights(facts.path, facts.files)
     configs = Path(section.config).expanduser() if section.config else CONFIGS / facts.family.name

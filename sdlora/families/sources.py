@@ -46,7 +46,15 @@ def find_base(section: BaseSection) -> Path:
     if path.suffix in {".safetensors", ".ckpt", ".pt"}:
         raise ModelError(f"{name}: there is no such file")
     wanted = [f"{part}/{weights}" for part in _WEIGHT_FOLDERS for weights in weight_patterns(section.variant)]
-    wanted += ["*/*.index.json", "model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
+    wanted += [
+        "*/*.index.json",
+        "*/*.index.*.json",
+        "model_index.json",
+        "*/config.json",
+        "scheduler/*",
+        "tokenizer/*",
+        "tokenizer_2/*",
+    ]
     return download(name, section.revision, wanted)
 
 

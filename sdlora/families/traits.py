@@ -19,6 +19,13 @@ PREDICTION_NAMES: dict[str, Prediction] = {theirs: ours for ours, theirs in PRED
 """The library's names -> ours."""
 
 
+BREAK_SEGMENT = ("BREAK", -1.0)
+"""Text and weight of the segment of a prompt that ends a chunk of tokens."""
+TEXT_MODEL = "text_model."
+"""A step in the paths of text encoders' layers that files have and newer versions of the library have dropped."""
+_INSIDE_TEXT_MODEL = ("embeddings.", "encoder.", "final_layer_norm")
+
+
 @dataclass(frozen=True)
 class FamilyTraits:
     """What a family's bases look like on disk."""
@@ -54,6 +61,13 @@ SDXL_TRAITS = FamilyTraits(
 )
 ALL_TRAITS = (SDXL_TRAITS, SD2_TRAITS, SD1_TRAITS)
 """The most demanding first: a merge may have kept stray keys of another family."""
+
+
+def canonical(component: str, path: str) -> str:
+    """Return what files call a layer of a component: that, and its path with the step that newer libraries dropped."""
+    if component.startswith("text_encoder") and path.startswith(_INSIDE_TEXT_MODEL):
+        return f"{component}.{TEXT_MODEL}{path}"
+    return f"{component}.{path}"
 
 
 def tokenizer_folder(encoder: str) -> str:

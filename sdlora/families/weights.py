@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -17,13 +17,23 @@ from diffusers.loaders.single_file_utils import (
 from safetensors import safe_open
 
 from sdlora.errors import ModelError
-from sdlora.families.traits import UNET_PREFIX, VAE_PREFIX
-from sdlora.storage import SafetensorsHeader, read_header
+from sdlora.families.traits import TEXT_MODEL, UNET_PREFIX, VAE_PREFIX
+from sdlora.headers import SafetensorsHeader, read_header
 
 _TENSORS_AT_ONCE = 64
-_TEXT_MODEL = "text_model."
+_MOST_ROWS = 1 << 32
 # Folders that were made years ago call the layers of the VAE's attention by these names.
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class Place(NamedTuple):
+    """Where a weight lies: a tensor of a file, or some of its rows, and whether it lies there transposed."""
+
+    file: Path
+    key: str
+    rows: tuple[int, int] | None = None
+    """First row and the one after the last; None: all."""
+    transposed: bool = False
 
 
 class Weights(Protocol):
@@ -35,6 +45,10 @@ class Weights(Protocol):
 
     def without_place(self, part: str, model: Any) -> list[str]:
         """Return the stored weights of a component for which `model` has no place."""
+        ...
+
+    def places(self, part: str, model: Any) -> dict[str, Place]:
+        """Return where each weight of the UNet or of a text encoder lies, by its name in `model`."""
         ...
 
     def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -54,12 +68,19 @@ class FolderWeights:
         wanted = model.state_dict().keys()
         return [name for file in self._files[part] for name in read_header(file).tensors if not _name_in(wanted, name)]
 
+    def places(self, part: str, model: Any) -> dict[str, Place]:
+        """Return where the weights of the folder `part` lie."""
+        wanted = model.state_dict().keys()
+        return {
+            target: Place(file, name)
+            for file in self._files[part]
+            for name in read_header(file).tensors
+            if (target := _name_in(wanted, name))
+        }
+
     def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the weights of the folder `part`."""
-        wanted = model.state_dict().keys()
-        for file in self._files[part]:
-            names = {target: name for name in read_header(file).tensors if (target := _name_in(wanted, name))}
-            yield from _read(file, names)
+        yield from _read(self.places(part, model))
 
 
 class CheckpointWeights:
@@ -69,7 +90,7 @@ class CheckpointWeights:
         self, file: Path, header: SafetensorsHeader, configs: Path, encoder_prefixes: Mapping[str, str]
     ) -> None:
         self.place, self.configs = file, configs
-        self._keys = list(header.tensors)
+        self._shapes = {key: entry.shape for key, entry in header.tensors.items()}
         self._encoder_prefixes = encoder_prefixes
 
     def without_place(self, part: str, model: Any) -> list[str]:
@@ -77,20 +98,24 @@ class CheckpointWeights:
         if part != "unet":
             return []
         wanted = model.state_dict().keys()
-        used = {key for target, key in self._unet_names(model).items() if target in wanted}
-        return [key for key in self._keys if key.startswith(UNET_PREFIX) and key not in used]
+        used = {place.key for target, place in self.places("unet", model).items() if target in wanted}
+        return [key for key in self._shapes if key.startswith(UNET_PREFIX) and key not in used]
+
+    def places(self, part: str, model: Any) -> dict[str, Place]:
+        """Return where the weights of the UNet or a text encoder lie; OpenCLIP's are parts of larger ones."""
+        if part == "unet":
+            return {target: Place(self.place, key) for target, key in self._unet_names(model).items()}
+        return self._text_encoder_places(self._encoder_prefixes[part], model)
 
     def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the weights of one component under their names in the library."""
-        if part == "unet":
-            yield from _read(self.place, self._unet_names(model))
-        elif part == "vae":
+        if part == "vae":
             yield convert_ldm_vae_checkpoint(self._all(VAE_PREFIX), dict(model.config))
         else:
-            yield self._text_encoder(self._encoder_prefixes[part], model)
+            yield from _read(self.places(part, model))
 
     def _unet_names(self, model: Any) -> dict[str, str]:
-        keys = {key: key for key in self._keys if key.startswith(UNET_PREFIX)}
+        keys = {key: key for key in self._shapes if key.startswith(UNET_PREFIX)}
         try:
             names: dict[str, str] = convert_ldm_unet_checkpoint(keys, dict(model.config))  # it only renames
         except KeyError as error:
@@ -99,18 +124,40 @@ class CheckpointWeights:
             ) from error
         return names
 
-    def _text_encoder(self, prefix: str, model: Any) -> dict[str, torch.Tensor]:
-        stored = self._all(prefix)
-        if any(".resblocks." in key for key in stored):
-            converted = convert_open_clip_checkpoint(model, stored, prefix)
+    def _text_encoder_places(self, prefix: str, model: Any) -> dict[str, Place]:
+        """Return where the library's conversion takes each weight from, by giving it numbered rows for tensors."""
+        keys = [key for key in self._shapes if key.startswith(prefix)]
+        probes = {key: _numbered_rows(number, self._shapes[key]) for number, key in enumerate(keys)}
+        if any(".resblocks." in key for key in keys):
+            converted = convert_open_clip_checkpoint(model, probes, prefix)
         else:
-            converted = convert_ldm_clip_checkpoint(stored)
+            converted = convert_ldm_clip_checkpoint(probes)
         wanted = model.state_dict().keys()
-        return {target: tensor for name, tensor in converted.items() if (target := _name_in(wanted, name))}
+        return {
+            target: self._place_of(probe, keys)
+            for name, probe in converted.items()
+            if (target := _name_in(wanted, name))
+        }
+
+    def _place_of(self, probe: torch.Tensor, keys: Sequence[str]) -> Place:
+        number, first = divmod(int(probe.flatten()[0]), _MOST_ROWS)
+        rows, shape = probe.numel(), self._shapes[keys[number]]
+        whole = not shape or rows == shape[0]
+        return Place(self.place, keys[number], None if whole else (first, first + rows), probe.shape[1:] > (1,))
 
     def _all(self, prefix: str) -> dict[str, torch.Tensor]:
         with safe_open(self.place, "pt") as opened:
-            return {key: opened.get_tensor(key) for key in self._keys if key.startswith(prefix)}
+            return {key: opened.get_tensor(key) for key in self._shapes if key.startswith(prefix)}
+
+
+def read_place(opened: Any, place: Place) -> torch.Tensor:
+    """Return a weight of a file that `safe_open` has opened."""
+    tensor: torch.Tensor
+    if place.rows is None:
+        tensor = opened.get_tensor(place.key)
+    else:
+        tensor = opened.get_slice(place.key)[place.rows[0] : place.rows[1]]
+    return tensor.T.contiguous() if place.transposed else tensor
 
 
 def skeleton(kind: Any, weights: Weights, part: str) -> Any:
@@ -152,13 +199,20 @@ def fill(
     model.requires_grad_(False)
 
 
-def _read(file: Path, names: Mapping[str, str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield {name in the model: tensor}, a few at a time, of {name in the model: name in the file}."""
-    items = list(names.items())
-    for start in range(0, len(items), _TENSORS_AT_ONCE):
-        with safe_open(file, "pt") as opened:
-            group = {target: opened.get_tensor(name) for target, name in items[start : start + _TENSORS_AT_ONCE]}
-        yield group
+def _read(places: Mapping[str, Place]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield {name in the model: tensor}, a few at a time."""
+    for file in dict.fromkeys(place.file for place in places.values()):
+        items = [(target, place) for target, place in places.items() if place.file == file]
+        for start in range(0, len(items), _TENSORS_AT_ONCE):
+            with safe_open(file, "pt") as opened:
+                group = {target: read_place(opened, place) for target, place in items[start : start + _TENSORS_AT_ONCE]}
+            yield group
+
+
+def _numbered_rows(number: int, shape: Sequence[int]) -> torch.Tensor:
+    """Return a tensor of the first one or two sides of `shape` that says in each row which row of which tensor it is."""
+    rows = torch.arange(shape[0] if shape else 1) + number * _MOST_ROWS
+    return rows[:, None] if len(shape) > 1 else rows
 
 
 def _name_in(wanted: Iterable[str], name: str) -> str:
@@ -166,7 +220,7 @@ def _name_in(wanted: Iterable[str], name: str) -> str:
 
     CLIP text encoders were stored with the step "text_model.", which some classes have dropped since.
     """
-    candidates = [name, name.removeprefix(_TEXT_MODEL), _TEXT_MODEL + name]
+    candidates = [name, name.removeprefix(TEXT_MODEL), TEXT_MODEL + name]
     path, _, kind = name.rpartition(".")
     block, _, layer = path.rpartition(".")
     if layer in _OLD_VAE_ATTENTION:

@@ -15,13 +15,8 @@ import torch
 from PIL import Image
 
 from sdlora.adapters.file import adapter_family, read_adapter
-from sdlora.adapters.inject import (
-    add_adapter,
-    has_float32_adapter,
-    refuse_other_family,
-    remove_adapter,
-    set_adapter_weights,
-)
+from sdlora.adapters.fit import refuse_other_family
+from sdlora.adapters.inject import add_adapter, has_float32_adapter, remove_adapter, set_adapter_weights
 from sdlora.adapters.stored import adapter_hashes
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationError

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sdlora.adapters.live import canonical
 from sdlora.adapters.tokens import unheard_words
 from sdlora.adapters.trainable import choose_targets
 from sdlora.config import ObjectiveSection, TrainConfig
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase, Words
+from sdlora.families.traits import canonical
 from sdlora.training.material import FoundSamples, possible_texts
 from sdlora.training.optimizers import check_optimizer
 from sdlora.training.rates import TOKENS, path_rates

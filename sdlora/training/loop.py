@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +16,8 @@ from accelerate import Accelerator
 
 from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.metadata import TrainingFacts, training_metadata
-from sdlora.adapters.verify import verify_written
-from sdlora.adapters.write import write_adapter
 from sdlora.config import TrainConfig
-from sdlora.errors import DataError, FormatError, TrainingError
+from sdlora.errors import DataError, TrainingError
 from sdlora.families.base import LoadedBase
 from sdlora.training.effect import Effect, measure_effect
 from sdlora.training.events import EventLog
@@ -29,6 +27,7 @@ from sdlora.training.objective import DrawnBatch, batch_loss, prepare_batch, tra
 from sdlora.training.optim import Optimization
 from sdlora.training.processor import training_on_cpu
 from sdlora.training.progress import ProgressView
+from sdlora.training.saving import places, save_finished, save_on_the_way
 from sdlora.training.state import TrainingState, save_state
 from sdlora.training.trainee import ADAPTER, Trainee
 
@@ -39,7 +38,8 @@ _BAD_STEPS_IN_A_ROW = 3
 class Outcome:
     """How the loop ended."""
 
-    adapter: Path
+    saved: Mapping[str, Path]
+    """{format: where the adapter is}, the one that most programs read first."""
     interrupted: bool
     loss_after: float | None
     effect: Effect
@@ -192,8 +192,10 @@ class TrainingLoop:
         if due(config.samples.every_steps):
             self._sample(folder)
         if due(config.output.save_every_steps):
-            # With its words inside: a file of their own would be the one that later steps write.
-            path = self._save_adapter(folder, f"{config.output.name}-{self.step:06d}")
+            path = folder / f"{config.output.name}-{self.step:06d}.safetensors"
+            adapter = self._adapter()
+            if self.accelerator.is_main_process:
+                save_on_the_way(adapter, path, config)
             self.events.write("checkpoint", step=self.step, adapter=str(path))
         if due(config.training.checkpoint_every_steps):
             self._save_state(folder)
@@ -201,7 +203,10 @@ class TrainingLoop:
     def _finish(self, folder: Path, seconds: float) -> Outcome:
         interrupted = self.step < self.config.training.steps
         self._train_mode(False)
-        path = self._save_adapter(folder, self.config.output.name, final=True)  # before anything else can fail
+        saved = places(self.config, folder)
+        adapter = self._adapter()
+        if self.accelerator.is_main_process:
+            save_finished(adapter, self.config, folder)  # before anything else can fail
         with self.optimization.averaged():
             effect = measure_effect(self.trainee, self.material.examples, self.material.texts)
         if interrupted:
@@ -212,19 +217,16 @@ class TrainingLoop:
         self.events.write(
             "done",
             step=self.step,
-            adapter=str(path),
+            adapter=str(next(iter(saved.values()))),
+            formats={format: str(path) for format, path in saved.items()},
             seconds=round(seconds, 3),
             interrupted=interrupted,
             effect=asdict(effect),
         )
-        return Outcome(path, interrupted, loss_after, effect)
+        return Outcome(saved, interrupted, loss_after, effect)
 
-    def _save_adapter(self, folder: Path, name: str, *, final: bool = False) -> Path:
-        """The adapter as it is now is in the folder; `final`: and it reads back as what was trained.
-
-        Raises TrainingError, writing nothing, when it holds NaN.
-        """
-        path = folder / f"{name}.safetensors"
+    def _adapter(self) -> AdapterFile:
+        """Return the adapter as it is now, averaged where averages are kept."""
         batches = self.step * self.config.training.accumulate_batches * self.accelerator.num_processes
         facts = TrainingFacts(
             steps=self.step,
@@ -236,22 +238,7 @@ class TrainingLoop:
             finished=time.time(),
         )
         with self.optimization.averaged():
-            adapter = self.trainee.file(training_metadata(self.config, self.base, facts))
-        if self.accelerator.is_main_process:
-            try:
-                write_adapter(adapter, path, bundle=not final or self.config.tokens.save == "bundled")
-            except FormatError as error:
-                raise TrainingError(f"the adapter diverged and was not saved ({error})") from error
-            if final:
-                self._verify(adapter, path)
-        return path
-
-    def _verify(self, adapter: AdapterFile, path: Path) -> None:
-        """The file does what was trained. Raises TrainingError where it does not."""
-        try:
-            verify_written(adapter, path)
-        except FormatError as error:
-            raise TrainingError(str(error)) from error
+            return self.trainee.file(training_metadata(self.config, self.base, facts))
 
     def _save_state(self, folder: Path) -> None:
         if not self.accelerator.is_main_process:

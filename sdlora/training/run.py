@@ -6,9 +6,9 @@ import importlib.util
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from sdlora.adapters.write import word_files
 from sdlora.config import SamplesSection, TrainConfig, require_complete, with_preset, write_config
 from sdlora.data.examples import CachedExample
 from sdlora.data.source import fill_trigger
@@ -37,9 +36,10 @@ from sdlora.training.material import ClassPictures, Material, OpenedData, open_d
 from sdlora.training.objective import EncodedTexts
 from sdlora.training.optim import Optimization
 from sdlora.training.progress import ProgressView
+from sdlora.training.saving import check_places, word_places
 from sdlora.training.state import load_newest_state, run_identity
 from sdlora.training.timesteps import timestep_tables
-from sdlora.training.trainee import new_trainee, triggers
+from sdlora.training.trainee import new_trainee
 
 Preview = Callable[[LoadedBase, str, SamplesSection, Path], Sequence[Path]]
 """Makes the sample pictures: (base, name of its live adapter, what to make, folder) -> written files."""
@@ -64,6 +64,8 @@ class RunResult:
     """Whether this process wrote the files and should speak of the run; of several launched ones, the first."""
     embeddings: tuple[Path, ...] = ()
     """Files of new words beside `adapter`: those that it needs, or of several words without an adapter the others."""
+    formats: Mapping[str, Path] = field(default_factory=dict)
+    """{format: where the adapter is}, `adapter` among them."""
 
 
 def train(
@@ -85,6 +87,7 @@ def train(
     main = processes.is_main_process
     if main:
         check_writable(folder)
+        check_places(config, folder)
     processes.wait_for_everyone()
     accelerator = _accelerator(config, folder)
     # A run that was here keeps its events until another one really begins.
@@ -160,7 +163,7 @@ def _train(
         outcome = loop.run(stop, folder)
         accelerator.wait_for_everyone()  # the first process may still be writing
     return RunResult(
-        adapter=outcome.adapter,
+        adapter=next(iter(outcome.saved.values())),
         folder=folder,
         steps=loop.step,
         planned_steps=config.training.steps,
@@ -170,7 +173,8 @@ def _train(
         effect=outcome.effect,
         seconds={key: round(value, 3) for key, value in seconds.items()},
         main_process=accelerator.is_main_process,
-        embeddings=_embeddings(config, outcome.adapter),
+        embeddings=word_places(config, outcome.saved),
+        formats=outcome.saved,
     )
 
 
@@ -212,14 +216,6 @@ def _make_loop(
         view=view,
         identity=run_identity(config, base.source.sha256, material.identity, accelerator.num_processes),
     )
-
-
-def _embeddings(config: TrainConfig, adapter: Path) -> tuple[Path, ...]:
-    """Return the files of new words beside the adapter's."""
-    if config.tokens.train == "none" or config.tokens.save == "bundled":
-        return ()
-    files = word_files(adapter, triggers(config), with_layers=config.tokens.train != "alone")
-    return tuple(file for file in files.values() if file != adapter)
 
 
 def _check_prompts(config: TrainConfig) -> None:

@@ -10,7 +10,8 @@ from sdlora.adapters.file import AdapterFile, adapter_family, read_adapter
 from sdlora.adapters.layers import LoraLayer
 from sdlora.adapters.write import word_files, write_adapter
 from sdlora.errors import ConfigError, FormatError
-from sdlora.storage import read_header, sha256_of_tensor_data
+from sdlora.headers import read_header
+from sdlora.storage import sha256_of_tensor_data
 
 PATH = "unet.mid_block.attentions.0.proj_in"
 NAME = "lora_unet_mid_block_attentions_0_proj_in"

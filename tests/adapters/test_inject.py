@@ -21,7 +21,7 @@ from sdlora.config import AdapterSection
 from sdlora.errors import ModelError
 from sdlora.families.base import Conditioning, PictureSize
 from sdlora.families.words import start_vectors
-from sdlora.storage import read_header
+from sdlora.headers import read_header
 
 RANK4 = AdapterSection(rank=4, alpha=2.0, targets=("transformer",), text_encoder=True)
 

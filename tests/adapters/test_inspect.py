@@ -19,6 +19,7 @@ from sdlora.storage import sha256_of_file, sha256_of_tensor_data
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+TEXT_KEY = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 
 
@@ -137,3 +138,25 @@ def test_headers_are_read_without_torch(adapter, tmp_path):
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_files_of_one_layout_are_told_apart_by_what_their_headers_say(tmp_path):
+    """What is told of keys and shapes is kept for the next file; family, words and lists of a report are its own."""
+    tensors = {f"{TEXT_KEY}.lora_down.weight": torch.ones(2, 768), f"{TEXT_KEY}.lora_up.weight": torch.ones(768, 2)}
+    texts = [
+        {},
+        {"ss_base_model_version": "sd_v1"},
+        {"ss_v2": "True"},
+        {"modelspec.architecture": "stable-diffusion-xl"},
+    ]
+    texts.append({"sdlora_words": '{"zorb": "ab"}', "note": "x" * 2_000_000, "ss_v2": "True"})
+    texts.append({"ss_base_model_version": "sd_v1" + " " * 2_000_000})  # too long to be kept
+    for _ in range(2):
+        found = []
+        for number, text in enumerate(texts):
+            save_file(tensors, tmp_path / f"{number}.safetensors", text)
+            report = inspect_adapter(tmp_path / f"{number}.safetensors", header_only=True)
+            found.append((report.family, report.tokens))
+            report.modules.clear()
+            report.kinds.clear()
+        assert found == [("", []), ("sd1", []), ("sd2", []), ("sdxl", []), ("sd2", ["zorb"]), ("sd1", [])]

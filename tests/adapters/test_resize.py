@@ -5,9 +5,10 @@ import torch
 from adapter_kinds import random_layer
 
 from sdlora.adapters.algebra import Truncation
+from sdlora.adapters.blocks import block_of
 from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.layers import DoraLayer, LoraLayer
-from sdlora.adapters.resize import block_of, resize
+from sdlora.adapters.resize import resize
 from sdlora.errors import ConfigError, FormatError
 
 Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -55,7 +55,7 @@ def test_each_kind_comes_back_or_is_refused(tmp_path, format, kind):
     if kind in LINEAR:
         layers[LINEAR_PATH] = random_layer(kind, (8, 6), seed=1)
     adapter = AdapterFile(layers, "sd1", {"ss_base_model_version": "sd_v1"})
-    (kept,) = [entry for entry in kept_by_formats(adapter) if entry.format == format]
+    (kept,) = [entry for entry in kept_by_formats(adapter, tmp_path) if entry.format == format]
     if kind in HELD[format]:
         assert kept.difference.same and kept.difference.layers == len(layers)
     else:
@@ -152,3 +152,13 @@ def test_every_format_acts_alike_on_a_base(tiny_base, make_adapter, tmp_path, fo
         inside = torch.randn(1, layer.in_channels, 4, 4, generator=torch.Generator().manual_seed(0))
         outputs.append(layer(inside, encoder_hidden_states=hidden).sample)
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
+
+
+def test_text_with_half_a_character_is_refused_with_the_files_name(tmp_path):
+    text = {"ss_output_name": "\ud800"}
+    whole = AdapterFile({LINEAR_PATH: random_layer("lora", (8, 6))}, "sd1", text)
+    word = AdapterFile({}, "sd1", text, {"zorb": {"text_encoder": torch.ones(1, 768)}})
+    for adapter, format in ((whole, "kohya"), (whole, "diffusers"), (whole, "peft"), (word, "kohya")):
+        with pytest.raises(FormatError, match=r"a: not written: its header holds half a character, which cannot"):
+            write_adapter(adapter, tmp_path / "a", format)
+    assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,10 @@ import json
 import struct
 
 import pytest
+import torch
 
-from sdlora.app.library import Library, trigger_of
+from sdlora import AdapterFile, LoraLayer, write_adapter
+from sdlora.app.library import Library
 from sdlora.errors import FormatError
 
 
@@ -24,6 +26,14 @@ def test_broken_file_is_listed_with_its_reason_and_not_offered(library_folder):
     (entry,) = Library(library_folder).unusable()
     assert entry.name == "broken"
     assert entry.problem.startswith("is a web page saved under this name")
+
+
+def test_words_that_no_file_can_be_called_are_a_problem_of_their_own_file(library_folder):
+    (library_folder / "odd.safetensors").write_bytes(safetensors(sdlora_words='{"\\ud800": "x"}'))
+    library = Library(library_folder)
+    assert [entry.name for entry in library.adapters()] == ["demo/adapter"]
+    entry = next(entry for entry in library.unusable() if entry.name == "odd")
+    assert entry.problem.startswith("its header entry sdlora_words does not name words")
 
 
 def test_checkpoints_and_models_are_no_adapters(tmp_path):
@@ -101,18 +111,16 @@ def test_only_an_id_of_the_catalogue_finds_a_file(library_folder, id):
         Library(library_folder).find(id)
 
 
-@pytest.mark.parametrize(
-    ("metadata", "trigger"),
-    [
-        ({}, ""),
-        ({"modelspec.trigger_phrase": " sks \n cat "}, "sks cat"),
-        ({"ss_tag_frequency": '{"10_cat": {"cat": 3, "sks": 12}}'}, "sks"),
-        ({"ss_tag_frequency": "{}"}, ""),
-        ({"ss_tag_frequency": "not json"}, ""),
-        ({"ss_tag_frequency": "[1, 2]"}, ""),
-        ({"ss_tag_frequency": '{"a": {"b": "many"}}'}, ""),
-        ({"ss_tag_frequency": "[" * 100_000}, ""),
-    ],
-)
-def test_trigger(metadata, trigger):
-    assert trigger_of(metadata) == trigger
+def test_a_folder_that_peft_has_written_is_one_adapter_with_its_words(tmp_path):
+    layer = LoraLayer(torch.ones(2, 6), torch.ones(4, 2), 2.0)
+    words = {"zorb": {"text_encoder": torch.ones(1, 768)}}
+    adapter = AdapterFile({"unet.conv_in": layer}, "sd1", {"modelspec.trigger_phrase": "sks ball"}, words)
+    write_adapter(adapter, tmp_path / "cats" / "mine", "peft")
+    library = Library(tmp_path)
+    (entry,) = library.adapters()
+    assert (entry.name, entry.path, entry.trigger) == ("cats/mine", tmp_path / "cats" / "mine", "sks ball")
+    (tmp_path / "cats" / "mine" / "unet" / "adapter_config.json").write_text("{")
+    assert library.adapters()[0].name == "cats/mine/embeddings/zorb (embedding)"  # the adapter brings it no more
+    assert [entry.problem for entry in library.unusable()] == [
+        "adapter_config.json cannot be read (JSONDecodeError); export the adapter again"
+    ]

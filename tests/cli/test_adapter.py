@@ -32,6 +32,14 @@ def test_inspect_prints_what_it_is(file, capsys):
     assert "alpha" not in capsys.readouterr().out
 
 
+def test_a_strangers_text_cannot_steer_the_terminal(tmp_path, capsys):
+    tensors = {f"lora_unet_conv_in.lora_{part}.weight": torch.ones(2, 2) for part in ("up", "down")}
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_output_name": "x\x1b[2Jy\nz" + "w" * 500})
+    assert main(["adapter", "inspect", str(tmp_path / "a.safetensors"), "--header"]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and "  ss_output_name: x [2Jy zww" in text and len(text) < 600
+
+
 def test_inspect_of_a_faulty_file_says_so_and_fails(tmp_path, capsys):
     save_file({"lora_unet_conv_in.lora_up.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
     assert main(["adapter", "inspect", str(tmp_path / "a.safetensors")]) == 1
@@ -85,6 +93,21 @@ def test_verify_against_another_file(file, tmp_path, capsys):
     write_adapter(AdapterFile({PATH: LoraLayer(layer.down, layer.up * 1.01, 1.0)}, "sd1"), tmp_path / "b.safetensors")
     assert main(["adapter", "verify", str(file), "--against", str(tmp_path / "b.safetensors")]) == 1
     assert "DIFFERS: 1 layers, largest relative difference of delta-W 1.0e-02" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--prompt", "a cat"], "--prompt"),
+        (["--prompt", ""], "--prompt"),
+        (["--steps", "8", "--precision", "fp32"], "--steps, --precision"),
+        (["--variant", "fp16", "--base-config", "x"], "--variant, --base-config"),
+    ],
+)
+def test_flags_of_pictures_without_a_base_are_refused(file, capsys, flags, named):
+    assert main(["adapter", "verify", str(file), *flags]) == 2
+    sentence = f"ConfigError: {named}: pictures are compared with --base alone; add it, or leave this out\n"
+    assert capsys.readouterr().err == sentence
 
 
 # ------------------------------------------------------------------- merge and resize

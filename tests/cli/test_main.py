@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from sdlora import read_adapter, read_recipe
+from sdlora import AdapterFile, read_adapter, read_recipe
+from sdlora.adapters.layers import LoraLayer
+from sdlora.adapters.write import write_adapter
 from sdlora.cli import main as cli
 from sdlora.cli.generate import parse_adapter
 from sdlora.cli.train import parse_arguments
@@ -163,3 +167,18 @@ def test_launcher_script_trains(settings: dict[str, Any], tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "adapter.safetensors").exists()
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--header"]])
+def test_names_that_the_terminal_cannot_show_are_no_obstacle(tmp_path: Path, flags: list[str]) -> None:
+    adapter = tmp_path / "\u732b.safetensors"
+    layer = LoraLayer(torch.ones(2, 6), torch.ones(4, 2), 1.0)
+    text = {"ss_output_name": "\u732b", "modelspec.trigger_phrase": "caf\u00e9"}
+    write_adapter(AdapterFile({"unet.mid_block.attentions.0.proj_in": layer}, "sd1", text), adapter)
+    command = [sys.executable, "-m", "sdlora.cli.main", "adapter", "inspect"]
+    terminal = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run([*command, str(adapter), *flags], capture_output=True, env=terminal)
+    assert done.returncode == 0 and done.stderr == b""
+    assert "caf\u00e9" in (said := done.stdout.decode("cp1252")) and "?" in said
+    done = subprocess.run([*command, str(tmp_path / "\u72ac.safetensors")], capture_output=True, env=terminal)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr and b"there is no such" in done.stderr

@@ -24,22 +24,6 @@ SHAPES = ["sd1", "sd2", "sdxl"]
 DECLARED = {"sd1": "epsilon", "sd2": "v", "sdxl": "epsilon"}
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    """`checkpoints(shape)`: the tiny base of that shape as one file, which declares what it predicts; do not write."""
-    files = {}
-
-    def checkpoint(shape: str) -> Path:
-        if shape not in files:
-            path = tmp_path_factory.mktemp("checkpoints") / f"{shape}.safetensors"
-            metadata = {"modelspec.prediction_type": DECLARED[shape]}
-            ldm_layout.write_checkpoint(tiny_pipeline(shape), path, metadata=metadata)
-            files[shape] = path
-        return files[shape]
-
-    return checkpoint
-
-
 @pytest.fixture
 def checkpoint(checkpoints, tmp_path) -> Path:
     """A copy of the tiny SD 1.x checkpoint that a test may damage."""

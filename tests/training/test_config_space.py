@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdlora import TrainConfig, parse_config, read_adapter, train
+from sdlora.adapters.verify import difference
 from sdlora.config import OPTIMIZERS, put_setting, require_complete, with_preset
 from sdlora.config.presets import FAMILIES, lasting_clashes
 from sdlora.errors import ConfigError, DataError
@@ -111,6 +112,16 @@ CHOSEN: dict[str, tuple[Any, ...]] = {
     "training.seed": (0, 2**40),
     "training.ema_decay": (0, 0.5, 0.999),
     "training.checkpoint_every_steps": (0, 1),
+    "output.formats": (
+        ["kohya"],
+        ["kohya", "diffusers"],
+        ["peft"],
+        ["diffusers", "peft", "kohya"],
+        ["peft", "peft"],
+        [],
+    ),
+    "output.metadata": ("full", "minimal", "none"),
+    "output.save_every_steps": (0, 1),
 }
 """What is drawn where the type does not say: edges of numbers, and names that every base knows."""
 DECIDED_LATER = (
@@ -276,7 +287,9 @@ def trains_or_is_refused(drawn: dict[str, Any], base: Path, pictures: Path, runs
         assert all(json.loads(line)["event"] != "step" for line in lines)
         return
     assert result.steps == 2
+    assert set(result.formats) == set(config.output.formats)
     adapter = read_adapter(result.adapter)
+    assert all(difference(adapter, read_adapter(path)).same for path in result.formats.values())
     tensors = [tensor for layer in adapter.layers.values() for tensor in layer.tensors()]
     tensors += [vectors for parts in adapter.tokens.values() for vectors in parts.values()]
     assert tensors and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

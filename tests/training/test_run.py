@@ -21,7 +21,8 @@ from sdlora.data.cache_folder import clear_cache, data_cache
 from sdlora.errors import ConfigError, DataError, OutputError, TrainingError
 from sdlora.families.base import LoadedBase
 from sdlora.families.words import norm_range
-from sdlora.storage import read_header, read_tensors, sha256_of_tensor_data
+from sdlora.headers import read_header
+from sdlora.storage import read_tensors, sha256_of_tensor_data
 from sdlora.training import loop as loop_module
 from sdlora.training import run as run_module
 from sdlora.training.events import read_events

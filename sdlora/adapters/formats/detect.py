@@ -8,20 +8,30 @@ from dataclasses import dataclass
 from sdlora.adapters.formats import dotted, kohya, ordered
 from sdlora.adapters.formats.embedding_keys import BUNDLE, WORDS, bundled_word, is_embedding
 from sdlora.adapters.formats.embedding_keys import family_of as words_family
-from sdlora.adapters.formats.places import Places, Shapes, family_of
+from sdlora.adapters.formats.places import FAMILY_ENTRIES, Places, Shapes, family_of
 from sdlora.errors import FormatError
 
 EMBEDDING = "embedding"
+_TELLING = {WORDS, dotted.METADATA, *FAMILY_ENTRIES}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contents:
-    """What a file holds."""
+    """What a file holds; compared by identity."""
 
     format: str
     """"kohya", "diffusers", "peft", "comfyui", "cloneofsimo", or "embedding" of words alone."""
     family: str
     places: Places
+
+
+def telling(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries of a header by which `contents_of` goes; files differ in others without being other in kind."""
+    return {
+        key: "" if key == WORDS else text  # that it is there tells, not which words
+        for key, text in metadata.items()
+        if key in _TELLING or text == ordered.EMBED
+    }
 
 
 def contents_of(shapes: Shapes, metadata: Mapping[str, str]) -> Contents:

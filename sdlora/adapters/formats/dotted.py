@@ -20,6 +20,7 @@ from sdlora.adapters.formats.ldm_names import from_ldm
 from sdlora.adapters.formats.parts import ALPHA, LOHA, LOKR, LORA, MAGNITUDE, PARTS, rank_of
 from sdlora.adapters.formats.places import COMPONENTS, Places, Shapes, Sorting, is_module_path
 from sdlora.errors import FormatError
+from sdlora.families.traits import canonical
 
 DIFFUSERS, PEFT, COMFYUI = "diffusers", "peft", "comfyui"
 METADATA = "lora_adapter_metadata"
@@ -190,6 +191,4 @@ def canonical_path(name: str) -> str:
         component = next((name for name, known in roots.items() if f"{path}.".startswith(known)), "")
         inside = path
     inside = inside.removeprefix(_PEFT_ROOT)
-    if component.startswith("text_encoder") and inside.startswith("encoder."):
-        inside = f"text_model.{inside}"  # newer libraries dropped the step
-    return f"{component}.{inside}" if component and is_module_path(inside) else ""
+    return canonical(component, inside) if component and is_module_path(inside) else ""

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 
 from sdlora.errors import FormatError
+from sdlora.storage import past_devices
 
 WORD, WORDS = "sdlora_word", "sdlora_words"
 """Header entries: of an embedding its word; of an adapter the words beside it, JSON {word: digest of its vectors}."""
@@ -71,13 +72,20 @@ def named_words(metadata: Mapping[str, str]) -> dict[str, str]:
         named = json.loads(metadata.get(WORDS, "{}"))
         if not all(word.strip() and isinstance(value, str) for word, value in named.items()):
             raise ValueError("no words")
+        "".join(named).encode()  # halves of surrogate pairs, which no file can be called
     except (ValueError, AttributeError, RecursionError) as error:
         raise FormatError(f"its header entry {WORDS} does not name words; train or export the adapter again") from error
     return dict(named)
 
 
 def file_name(word: str) -> str:
-    """Return the name of a word's file: the word itself, where it is fit for one."""
-    safe = _ODD.sub("_", word).strip(". ")[:_LONGEST_NAME]
-    unlike = "" if safe == word else f"-{hashlib.sha256(word.encode()).hexdigest()[:8]}"
+    """Return the name of a word's file: the word itself, where it is fit for one on every system."""
+    safe = past_devices(_ODD.sub("_", word).strip(". ")[:_LONGEST_NAME])
+    unlike = "" if safe == word else f"-{hashlib.sha256(word.encode(errors='surrogatepass')).hexdigest()[:8]}"
     return f"{safe}{unlike}.safetensors"
+
+
+def file_names(word: str) -> tuple[str, ...]:
+    """Return by which names a word's file is looked for: its own, and that of a device, which Linux let it have."""
+    device = past_devices(word) != word and not _ODD.search(word) and word == word.strip(". ")[:_LONGEST_NAME]
+    return (file_name(word), f"{word}.safetensors") if device else (file_name(word),)

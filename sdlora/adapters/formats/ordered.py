@@ -59,6 +59,8 @@ def places(shapes: Shapes, metadata: Mapping[str, str]) -> Places | None:
 
 def words(keys: Iterable[str], metadata: Mapping[str, str]) -> list[str]:
     """Return the keys of the new words' vectors."""
+    if EMBED not in metadata.values():
+        return []
     return [key for key in keys if metadata.get(key) == EMBED]
 
 

@@ -17,7 +17,7 @@ from sdlora.adapters.formats.detect import Contents
 from sdlora.adapters.formats.parts import Shape, input_width, rank_of
 from sdlora.adapters.formats.places import COMPONENTS, Place, Places, family_of
 from sdlora.errors import FormatError
-from sdlora.storage import SafetensorsHeader
+from sdlora.headers import SafetensorsHeader
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ def contents_of(stored: Mapping[str, tuple[Path, SafetensorsHeader]]) -> Content
     shapes: dict[str, Shape] = {}
     metadata: dict[str, str] = {}
     for component, (file, header) in stored.items():
-        own = {key: entry.shape for key, entry in header.tensors.items()}
+        own = header.layout.shapes
         settings = _settings(file.with_name(CONFIG))
         found = dotted.places(own, {})
         if found is None:

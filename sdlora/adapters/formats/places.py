@@ -12,6 +12,8 @@ from sdlora.adapters.formats.parts import Shape, input_width, missing_part
 Shapes = Mapping[str, Shape]
 """Of a file's tensors by key, which its header holds."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+FAMILY_ENTRIES = ("ss_base_model_version", "modelspec.architecture", "ss_v2")
+"""Header entries by which `family_of` goes."""
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
@@ -81,10 +83,11 @@ def family_of(places: Places, shapes: Shapes, metadata: Mapping[str, str]) -> st
     """Return "sd1", "sd2" or "sdxl", told from components, then metadata, then widths; "" if untold."""
     if any(path.startswith("text_encoder_2.") for path in places.layers):
         return "sdxl"
-    version = metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
+    version, architecture, second = (metadata.get(key, "") for key in FAMILY_ENTRIES)
+    version += architecture
     if version.startswith("sdxl_") or "stable-diffusion-xl" in version:
         return "sdxl"
-    if metadata.get("ss_v2") == "True" or "sd_v2" in version or "stable-diffusion-v2" in version:
+    if second == "True" or "sd_v2" in version or "stable-diffusion-v2" in version:
         return "sd2"
     return _by_width(places, shapes) or ("sd1" if "sd_v1" in version or "stable-diffusion-v1" in version else "")
 

@@ -1,0 +1,1 @@
+"""Adapters among people: cards, sidecars, publishing, fetching, and a searchable library."""
