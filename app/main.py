@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 
 import sdlora
 from sdlora.errors import ConfigError
+from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable
 
 from .generate import GenerateTab
@@ -73,7 +74,9 @@ def serve(
     output = output.expanduser().resolve()
     check_writable(output)
     port = _usable_port(host, port)
-    jobs = EngineJobs(base)
+    adapters = AdapterLibrary(library)
+    # Naming sdlora.Engine imports torch: when a picture is asked for, not before the page is served.
+    jobs = EngineJobs(base, lambda named: sdlora.Engine(named, find_adapter=adapters.path_of))
     with tempfile.TemporaryDirectory(prefix="sdlora-page-") as temporary:
         # By default gradio keeps copies of every picture in a folder that all users of a machine share.
         os.environ["GRADIO_TEMP_DIR"] = temporary

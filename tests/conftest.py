@@ -174,6 +174,7 @@ def recipe():
         noise_device="cpu",
         precision="fp32",
         device="cpu",
+        emphasis="original",
         versions={"sdlora": "0.1.0", "torch": "2.13"},
     )
 

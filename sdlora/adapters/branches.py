@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -62,10 +63,14 @@ def detach(base: LoadedBase, name: str) -> None:
             branches.handle.remove()
 
 
-def set_strengths(base: LoadedBase, strengths: Mapping[str, float]) -> None:
-    """Exactly the branches of `strengths` act, each times its strength."""
-    for branches in _all(base):
-        branches.strengths = {name: value for name, value in strengths.items() if name in branches.members and value}
+def set_strengths(
+    base: LoadedBase, strengths: Mapping[str, float], in_text_encoders: Mapping[str, float] = MappingProxyType({})
+) -> None:
+    """Exactly the branches of `strengths` act, each times its strength; text encoders may have others of their own."""
+    for component, module in base.components():
+        own = {**strengths, **in_text_encoders} if component in base.text_encoders else strengths
+        for branches in _within(module):
+            branches.strengths = {name: value for name, value in own.items() if name in branches.members and value}
 
 
 @contextmanager
@@ -183,7 +188,11 @@ class _Branches:
 
 def _all(base: LoadedBase) -> Iterator[_Branches]:
     for _, module in base.components():
-        yield from (found for layer in module.modules() if (found := _find(layer)))
+        yield from _within(module)
+
+
+def _within(module: nn.Module) -> Iterator[_Branches]:
+    return (found for layer in module.modules() if (found := _find(layer)))
 
 
 def _find(layer: nn.Module) -> _Branches | None:

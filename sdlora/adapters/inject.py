@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -33,9 +34,16 @@ def add_adapter(base: LoadedBase, name: str, adapter: AdapterFile) -> None:
     set_adapter_weights(base, {})
 
 
-def set_adapter_weights(base: LoadedBase, weights: Mapping[str, float]) -> None:
-    """Exactly the adapters of `weights` act, each times its weight; weight 0 is as if it were not there."""
-    set_strengths(base, weights)
+def set_adapter_weights(
+    base: LoadedBase,
+    weights: Mapping[str, float],
+    text_encoder_weights: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Exactly the adapters of `weights` act, each times its weight; weight 0 is as if it were not there.
+
+    Those of `text_encoder_weights` act so in text encoders instead.
+    """
+    set_strengths(base, weights, text_encoder_weights)
     set_peft_weights(base, weights)
 
 

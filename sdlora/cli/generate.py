@@ -6,13 +6,16 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 from sdlora import Engine, make_request, save_picture
 from sdlora.cli.base_flags import add_base_flags, base_section
 from sdlora.errors import ConfigError
 from sdlora.generation.engine import refuse_foreign_adapters
 from sdlora.generation.pictures import picture_name
+from sdlora.generation.prompt_plan import Emphases
 from sdlora.generation.request import GenerationRequest
+from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable
 
 
@@ -26,6 +29,9 @@ def run(arguments: list[str]) -> int:
         count=options.count,
         steps=options.steps,
         guidance_scale=options.guidance_scale,
+        emphasis=options.emphasis,
+        clip_skip=options.clip_skip,
+        wildcards=options.wildcards,
         width=options.width,
         height=options.height,
         adapters=[parse_adapter(text) for text in options.adapter],
@@ -40,7 +46,7 @@ def run(arguments: list[str]) -> int:
 def _generate(options: argparse.Namespace, request: GenerationRequest, folder: Path) -> int:
     base = base_section(options)
     refuse_foreign_adapters(base, [choice.path for choice in request.adapters])
-    engine = Engine(base, device=options.device)
+    engine = Engine(base, device=options.device, find_adapter=AdapterLibrary(options.library).path_of)
     for note in engine.base.notes:
         print(f"note: {note}", file=sys.stderr)
     before = engine.weights_sha256() if options.verify else ""
@@ -81,12 +87,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE[:WEIGHT]",
         help="adapter file and weight (default 1); several times for several",
     )
+    parser.add_argument(
+        "--library",
+        default="runs",
+        metavar="FOLDER",
+        help="where <lora:NAME:0.8> in a prompt is looked up (default: runs)",
+    )
     parser.add_argument("--prompt", required=True, help=fields["prompt"])
     parser.add_argument("--negative-prompt", default="", help=fields["negative_prompt"])
     parser.add_argument("--seed", type=int, default=0, help=fields["seed"])
     parser.add_argument("--count", type=int, default=1, help=fields["count"])
     parser.add_argument("--steps", type=int, default=25, help=fields["steps"])
     parser.add_argument("--guidance-scale", type=float, default=7.5, help=fields["guidance_scale"])
+    parser.add_argument("--emphasis", choices=get_args(Emphases), default="original", help=fields["emphasis"])
+    parser.add_argument("--clip-skip", type=int, default=1, help=fields["clip_skip"])
+    parser.add_argument("--wildcards", default="", metavar="FOLDER", help=fields["wildcards"])
     parser.add_argument("--width", type=int, default=0, help=fields["width"])
     parser.add_argument("--height", type=int, default=0, help=fields["height"])
     parser.add_argument("--out", default="outputs", help="folder for the PNG files (default: outputs)")

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -25,6 +25,25 @@ from sdlora.families.traits import PREDICTION_NAMES, FamilyTraits
 
 _ADAPTER_MARKS = (".lora_", ".hada_", ".lokr_")
 """In the names of an adapter's weights, whatever its kind; no base weight's name has them."""
+
+
+Segments = Sequence[tuple[str, float]]
+"""A prompt's texts with their weights; `traits.BREAK_SEGMENT` ends a chunk of tokens."""
+Emphasis = Literal["original", "no norm", "comfy"]
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How weighted prompts are understood."""
+
+    emphasis: Emphasis = "original"
+    """"original" multiplies states and keeps the mean of each chunk as it was, "no norm" does not keep it; "comfy" moves
+    them away from what an empty prompt gives."""
+    clip_skip: int = 1
+    """Which of a text encoder's layers is taken, 1 the last, 2 the one before; of SDXL, which takes 2, never the last."""
+
+
+PLAIN = PromptStyle()
 
 
 Words = Mapping[str, Mapping[str, torch.Tensor]]
@@ -194,6 +213,12 @@ class ModelFamily(Protocol):
         """
         ...
 
+    def encode_segments(
+        self, base: LoadedBase, prompts: Sequence[Segments | None], style: PromptStyle = PLAIN
+    ) -> Conditioning:
+        """Return the conditioning of weighted prompts of any length, [B,77n,D] with n the chunks of the longest one."""
+        ...
+
     def excess_tokens(self, base: LoadedBase, prompts: Sequence[str]) -> list[int]:
         """Return how many tokens of each prompt, new words' vectors counted, the encoders do not see; 0 where it fits."""
         ...
@@ -207,10 +232,6 @@ class ModelFamily(Protocol):
         sizes: Sequence[PictureSize],
     ) -> torch.Tensor:
         """Return the UNet's output [B,4,h,w] for noisy latents of one size."""
-        ...
-
-    def pipeline_conditioning(self, encoded: Conditioning, count: int) -> dict[str, Any]:
-        """Return the pipeline's arguments for row 0 of `encoded` as prompt, row 1 as negative, `count` times."""
         ...
 
     def make_pipeline(self, base: LoadedBase) -> Any:

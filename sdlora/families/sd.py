@@ -9,8 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
-from sdlora.families.base import Conditioning, EncoderPart, LoadedBase, PictureSize
+from sdlora.families.base import PLAIN, Conditioning, EncoderPart, LoadedBase, PictureSize, PromptStyle, Segments
 from sdlora.families.latent import LatentDiffusion, sampler
+from sdlora.families.prompts import NOTHING, encode_chunks
 from sdlora.families.traits import SD1_TRAITS, SD2_TRAITS
 from sdlora.families.words import encode_texts
 
@@ -21,6 +22,13 @@ class StableDiffusion(LatentDiffusion):
     def encode_prompts(self, base: LoadedBase, prompts: Sequence[str | None]) -> Conditioning:
         """Return the last hidden states after the final norm, [B,77,D] in the text encoder's dtype."""
         return Conditioning(encode_texts(base, "text_encoder", [prompt or "" for prompt in prompts])[0])
+
+    def encode_segments(
+        self, base: LoadedBase, prompts: Sequence[Segments | None], style: PromptStyle = PLAIN
+    ) -> Conditioning:
+        """Return the text encoder's normed states, [B,77n,D], of weighted prompts in n chunks."""
+        given = [prompt or NOTHING for prompt in prompts]
+        return Conditioning(encode_chunks(base, "text_encoder", given, style, style.clip_skip, normed=True)[0])
 
     def predict(
         self,
@@ -35,11 +43,6 @@ class StableDiffusion(LatentDiffusion):
             noisy_latents, timesteps, encoder_hidden_states=conditioning.states, return_dict=False
         )[0]
         return output
-
-    def pipeline_conditioning(self, encoded: Conditioning, count: int) -> dict[str, Any]:
-        """Return prompt_embeds and negative_prompt_embeds, each [count,77,D]."""
-        positive, negative = encoded.rows([0] * count), encoded.rows([1] * count)
-        return {"prompt_embeds": positive.states, "negative_prompt_embeds": negative.states}
 
     def make_pipeline(self, base: LoadedBase) -> StableDiffusionPipeline:
         """Return the text-to-image pipeline over these components, with the base's own sampler."""

@@ -9,10 +9,14 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.families.base import Conditioning, EncoderPart, LoadedBase, PictureSize
+from sdlora.families.base import PLAIN, Conditioning, EncoderPart, LoadedBase, PictureSize, PromptStyle, Segments
 from sdlora.families.latent import LatentDiffusion, sampler
+from sdlora.families.prompts import NOTHING, encode_chunks
 from sdlora.families.traits import SDXL_TRAITS
 from sdlora.families.words import encode_texts
+
+_LAYER = 2
+"""The layer whose states SDXL was trained with, counted from the last."""
 
 
 class StableDiffusionXL(LatentDiffusion):
@@ -29,12 +33,22 @@ class StableDiffusionXL(LatentDiffusion):
         states = []
         for name in base.text_encoders:
             output = encode_texts(base, name, texts, output_hidden_states=True)
-            states.append(output.hidden_states[-2])
-        encoded = Conditioning(torch.cat(states, dim=-1), output.text_embeds)
-        if base.zero_without_prompt and None in prompts:
-            given = torch.tensor([prompt is not None for prompt in prompts], device=base.device)
-            return Conditioning(encoded.states * given[:, None, None], output.text_embeds * given[:, None])
-        return encoded
+            states.append(output.hidden_states[-_LAYER])
+        return _without_prompt(base, Conditioning(torch.cat(states, dim=-1), output.text_embeds), prompts)
+
+    def encode_segments(
+        self, base: LoadedBase, prompts: Sequence[Segments | None], style: PromptStyle = PLAIN
+    ) -> Conditioning:
+        """Return both encoders' states, [B,77n,D1+D2], of weighted prompts in n chunks, and the first chunk's projection.
+
+        No prompt is as in `encode_prompts`.
+        """
+        given = [prompt or NOTHING for prompt in prompts]
+        states, pooled = [], None
+        for name in base.text_encoders:
+            found, pooled = encode_chunks(base, name, given, style, max(_LAYER, style.clip_skip), normed=False)
+            states.append(found)
+        return _without_prompt(base, Conditioning(torch.cat(states, dim=-1), pooled), prompts)
 
     def predict(
         self,
@@ -58,16 +72,6 @@ class StableDiffusionXL(LatentDiffusion):
         )[0]
         return output
 
-    def pipeline_conditioning(self, encoded: Conditioning, count: int) -> dict[str, Any]:
-        """Return the prompt's and the negative prompt's states [count,77,D] and pooled embeddings [count,P]."""
-        positive, negative = encoded.rows([0] * count), encoded.rows([1] * count)
-        return {
-            "prompt_embeds": positive.states,
-            "pooled_prompt_embeds": positive.pooled,
-            "negative_prompt_embeds": negative.states,
-            "negative_pooled_prompt_embeds": negative.pooled,
-        }
-
     def make_pipeline(self, base: LoadedBase) -> StableDiffusionXLPipeline:
         """Return the text-to-image pipeline over these components, with the base's own sampler."""
         pipeline: Any = StableDiffusionXLPipeline(
@@ -83,6 +87,14 @@ class StableDiffusionXL(LatentDiffusion):
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def _without_prompt(base: LoadedBase, encoded: Conditioning, prompts: Sequence[object]) -> Conditioning:
+    """Return the conditioning with zeros where there is no prompt, of a base that was trained so."""
+    if not base.zero_without_prompt or None not in prompts or encoded.pooled is None:
+        return encoded
+    given = torch.tensor([prompt is not None for prompt in prompts], device=base.device)
+    return Conditioning(encoded.states * given[:, None, None], encoded.pooled * given[:, None])
 
 
 _METADATA = {

@@ -29,28 +29,59 @@ def encode_texts(base: LoadedBase, encoder: str, texts: Sequence[str], **options
     module = base.text_encoders[encoder]
     ids = _ids(base, encoder, texts)
     limit = token_limit(base, encoder)
-    rows = {index: spelled for index, text in enumerate(texts) if (spelled := _spell(base, encoder, text))}
+    rows = {index: found for index, text in enumerate(texts) if (found := _spell(base, encoder, text))}
     if not rows:
         return module(ids, **options)
-    table, starts = _stack(base, encoder)
+    starts = _starts(base, encoder)
     places = torch.full(ids.shape, _ORDINARY)
-    for index, spelled in rows.items():
-        ids[index] = torch.tensor(_fit(base.tokenizers[encoder], [id for id, _ in spelled], limit))
-        for position, (_, place) in enumerate(spelled[: limit - 1]):
+    for index, found in rows.items():
+        ids[index] = torch.tensor(_fit(base.tokenizers[encoder], [id for id, _ in found], limit))
+        for position, (_, place) in enumerate(found[: limit - 1]):
             if place:
                 word, number = place
                 places[index, position] = starts[word] + number
-    places = places.to(ids.device)
-
-    def put_in(embedding: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        vectors = table.to(output.device, output.dtype)[places.clamp(min=0)]
-        return torch.where(places[..., None] == _ORDINARY, output, vectors)
-
-    hook = module.get_input_embeddings().register_forward_hook(put_in)
-    try:
+    with put_in(base, encoder, places):
         return module(ids, **options)
+
+
+@contextmanager
+def put_in(base: LoadedBase, encoder: str, places: torch.Tensor) -> Iterator[None]:
+    """Inside, the encoder sees rows of the new words' vectors in place of its own where `places` [B,L] is not -1."""
+    if not bool((places != _ORDINARY).any()):
+        yield
+        return
+    table = torch.cat([vectors[encoder].to(base.device) for vectors in base.words.values()])
+    rows = places.to(base.device)
+
+    def replace(embedding: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        vectors = table.to(output.device, output.dtype)[rows.clamp(min=0)]
+        return torch.where(rows[..., None] == _ORDINARY, output, vectors)
+
+    hook = base.text_encoders[encoder].get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
     finally:
         hook.remove()
+
+
+def spelled(base: LoadedBase, encoder: str, text: str) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the text's tokens without start and end, each alone, a new word's together: ids and rows for `put_in`."""
+    starts = _starts(base, encoder)
+    found = _spell(base, encoder, text)
+    if not found:
+        yield from (([id], [_ORDINARY]) for id in _plain_ids(base, encoder, text))
+        return
+    tokens = found[1:-1]
+    position = 0
+    while position < len(tokens):
+        id, place = tokens[position]
+        if place is None:
+            yield [id], [_ORDINARY]
+            position += 1
+            continue
+        count, first = len(base.words[place[0]][encoder]), starts[place[0]]
+        yield [id] * count, list(range(first, first + count))
+        position += count
 
 
 def token_counts(base: LoadedBase, encoder: str, texts: Sequence[str]) -> list[int]:
@@ -231,13 +262,13 @@ def _fit(tokenizer: Any, ids: list[int], limit: int) -> list[int]:
     return ids + [tokenizer.pad_token_id] * (limit - len(ids))
 
 
-def _stack(base: LoadedBase, encoder: str) -> tuple[torch.Tensor, dict[str, int]]:
-    """Return all words' vectors below each other, [N,D], and where each word's begin."""
+def _starts(base: LoadedBase, encoder: str) -> dict[str, int]:
+    """Return where each word's vectors begin when all words' lie below each other."""
     starts, total = {}, 0
     for word, vectors in base.words.items():
         starts[word] = total
         total += len(vectors[encoder])
-    return torch.cat([vectors[encoder].to(base.device) for vectors in base.words.values()]), starts
+    return starts
 
 
 def _tables(base: LoadedBase) -> dict[str, torch.Tensor]:

@@ -10,11 +10,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import FormatError
-from sdlora.generation.request import Recipe
+from sdlora.generation.request import Recipe, UsedAdapter
 from sdlora.storage import atomic_path
 
 RECIPE_KEY = "sdlora"
 INFOTEXT_KEY = "parameters"
+_EMPHASES = {"no norm": "No norm", "ignore": "Ignore", "none": "None"}
+"""As AUTOMATIC1111 calls them."""
 
 
 def png_info(recipe: Recipe) -> PngInfo:
@@ -61,17 +63,28 @@ def infotext(recipe: Recipe) -> str:
         "Model": recipe.base,
         "RNG": recipe.noise_device.upper(),
     }
+    if recipe.clip_skip > 1:
+        fields["Clip skip"] = str(recipe.clip_skip)
+    if recipe.emphasis != "original":
+        fields["Emphasis"] = _EMPHASES.get(recipe.emphasis, recipe.emphasis)
     loras = [item for item in recipe.adapters if not item.embedding]  # an embedding acts by its word in the prompt
     if loras:
         hashes = [f"{re.sub('[:,]', '', item.name)}: {item.tensor_sha256[:12]}" for item in loras]
         fields["Lora hashes"] = ", ".join(hashes)
     fields["Version"] = f"sdlora {recipe.versions.get('sdlora', '')}".strip()
-    tags = "".join(f" <lora:{item.name}:{item.weight:g}>" for item in loras)
+    tags = "".join(f" <lora:{item.name}:{_weights(item)}>" for item in loras)
     lines = [recipe.prompt + tags]
     if recipe.negative_prompt:
         lines.append(f"Negative prompt: {recipe.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items()))
     return "\n".join(lines)
+
+
+def _weights(item: UsedAdapter) -> str:
+    """Return an adapter's weights as in its tag: one for all, or those of text encoders and UNet."""
+    if item.text_encoder_weight in (None, item.weight):
+        return f"{item.weight:g}"
+    return f"{item.text_encoder_weight:g}:{item.weight:g}"
 
 
 def _quoted(value: str) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sdlora.config import Section, validated
 from sdlora.errors import FormatError
+from sdlora.generation.prompt_plan import Emphases
 
 SEED_LIMIT = 2**32
 _Side = Annotated[int, Field(ge=0, le=4096, multiple_of=8)]
@@ -22,6 +23,8 @@ class AdapterChoice(Section):
     """The .safetensors file: an adapter, with its new words beside or in it, or an embedding."""
     weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
     """1 is as trained, 0 is not at all. New words act whole, but at 0."""
+    text_encoder_weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
+    """How strongly it acts on the text encoders; not given: as on the UNet."""
 
 
 class GenerationRequest(Section):
@@ -43,6 +46,12 @@ class GenerationRequest(Section):
     """Pixels, a multiple of 8; 0: the base's own size."""
     height: _Side = 0
     """Pixels, a multiple of 8; 0: the base's own size."""
+    emphasis: Emphases = "original"
+    """What (brackets:1.2) do: original and no norm as in AUTOMATIC1111, comfy as in ComfyUI, ignore: nothing, none: text."""
+    wildcards: str = ""
+    """Folder of .txt files, one choice a line: __colours__ in a prompt is a line of colours.txt."""
+    clip_skip: Annotated[int, Field(ge=1, le=12)] = 1
+    """Which layer of the text encoders counts: 1 the usual one, 2 the one before it."""
     adapters: tuple[AdapterChoice, ...] = ()
     """Adapters that act together."""
 
@@ -78,6 +87,8 @@ class UsedAdapter:
     """{new word that came with it: SHA-256 of its vectors}, wherever these were."""
     embedding: bool = False
     """Whether it is nothing but new words."""
+    text_encoder_weight: float | None = None
+    """Its weight in the text encoders, where that is another one."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,12 @@ class Recipe:
     device: str
     versions: dict[str, str]
     quantize: str = "none"
+    emphasis: str = "none"
+    """Of recipes that say nothing of it: before there was a prompt language, brackets were text."""
+    clip_skip: int = 1
+    template: str = ""
+    """The prompt before its choices were made, where it had some."""
+    negative_template: str = ""
 
     def to_json(self) -> str:
         """Return the recipe as JSON text."""

@@ -89,15 +89,6 @@ def test_the_pipeline_uses_these_very_components_and_the_bases_own_sampler(tiny_
     assert isinstance(base.scheduler, DDPMScheduler)
 
 
-def test_pipeline_conditioning_repeats_prompt_and_negative(tiny_base):
-    base = tiny_base()
-    encoded = base.family.encode_prompts(base, ["prompt", "negative"])
-    arguments = base.family.pipeline_conditioning(encoded, 3)
-    assert torch.equal(arguments["prompt_embeds"], encoded.states[[0, 0, 0]])
-    assert torch.equal(arguments["negative_prompt_embeds"], encoded.states[[1, 1, 1]])
-    assert set(arguments) == {"prompt_embeds", "negative_prompt_embeds"}
-
-
 @pytest.mark.parametrize(
     ("family", "prediction", "entries"),
     [

@@ -69,15 +69,6 @@ def test_the_unet_is_told_size_crop_and_target_of_each_picture(base):
     assert not torch.allclose(ours, other, atol=1e-5)
 
 
-def test_the_pipelines_arguments_repeat_prompt_and_negative(base):
-    encoded = base.family.encode_prompts(base, ["prompt", "negative"])
-    arguments = base.family.pipeline_conditioning(encoded, 3)
-    assert torch.equal(arguments["prompt_embeds"], encoded.states[[0, 0, 0]])
-    assert torch.equal(arguments["negative_prompt_embeds"], encoded.states[[1, 1, 1]])
-    assert torch.equal(arguments["pooled_prompt_embeds"], encoded.pooled[[0, 0, 0]])
-    assert torch.equal(arguments["negative_pooled_prompt_embeds"], encoded.pooled[[1, 1, 1]])
-
-
 @pytest.mark.parametrize(
     ("shape", "force_upcast", "precision", "expected"),
     [

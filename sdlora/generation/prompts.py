@@ -1,0 +1,193 @@
+"""The prompt language of AUTOMATIC1111: weights, BREAK, AND and adapter tags. What does not parse is text.
+
+`[from:to:when]` and `[a|b]` are in `prompt_schedule.py`; a picture's prompt goes through tags, AND, schedule and weights
+in this order.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from sdlora.families.traits import BREAK_SEGMENT
+from sdlora.generation.prompt_schedule import parse_schedule
+
+__all__ = [
+    "BREAK_SEGMENT",
+    "Composed",
+    "Tag",
+    "Tagged",
+    "parse_attention",
+    "parse_composition",
+    "parse_schedule",
+    "parse_tags",
+]
+
+_ROUND, _SQUARE = 1.1, 1 / 1.1
+_DEEPEST, _LARGEST = 256, 1e6
+_ATTENTION = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?[.0-9]+)\s*\)|\)|]|[^\\()\[\]:]+|:")
+_BREAK = re.compile(r"\bBREAK\b")
+_AND = re.compile(r"\bAND\b")
+_AND_WEIGHT = re.compile(r":\s*([-+]?(?:[0-9]+\.?|[0-9]*\.[0-9]+))\s*\Z")
+_NUMBER = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)\s*")
+_TAG = re.compile(r"<(\w+):([^<>]+)>")
+
+
+def parse_attention(text: str) -> list[tuple[str, float]]:
+    r"""Return the text in segments, each with the weight of its tokens; ("BREAK", -1) ends a chunk.
+
+    (a) weighs 1.1, [a] 1 / 1.1, (a:1.3) what it says, nested brackets their product; \( \) \[ \] and \\ are the bare
+    characters; brackets that are never closed act to the end. Every weight is finite. Neighbours of one weight are
+    one segment.
+    """
+    segments: list[tuple[str, float]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    for match in _ATTENTION.finditer(text):
+        token, number = match[0], match[1]
+        if token.startswith("\\"):
+            segments.append((token[1:], 1.0))
+        elif token in opened and len(opened[token]) < _DEEPEST:
+            opened[token].append(len(segments))
+        elif number is not None and opened["("]:
+            if (weight := _number(number)) is None:
+                segments.append((token[:-1], 1.0))
+            _weigh(segments, opened["("].pop(), _ROUND if weight is None else weight)
+        elif token == ")" and opened["("]:
+            _weigh(segments, opened["("].pop(), _ROUND)
+        elif token == "]" and opened["["]:
+            _weigh(segments, opened["["].pop(), _SQUARE)
+        else:
+            segments += _broken(token)
+    for bracket, weight in (("(", _ROUND), ("[", _SQUARE)):
+        for start in opened[bracket]:
+            _weigh(segments, start, weight)
+    return _joined(segments)
+
+
+def _broken(text: str) -> list[tuple[str, float]]:
+    """Return a text with the words BREAK, and the space around them, as segments."""
+    first, *others = _BREAK.split(text)
+    if not others:
+        return [(text, 1.0)]
+    segments = [(first.rstrip(), 1.0)]
+    for number, part in enumerate(others, start=1):
+        last = number == len(others)
+        segments += [BREAK_SEGMENT, (part.lstrip() if last else part.strip(), 1.0)]
+    return segments
+
+
+def _weigh(segments: list[tuple[str, float]], start: int, weight: float) -> None:
+    """All segments from `start` on weigh so many times as much."""
+    for place in range(start, len(segments)):
+        if segments[place] != BREAK_SEGMENT:
+            text, before = segments[place]
+            segments[place] = (text, max(-_LARGEST, min(_LARGEST, before * weight)))
+
+
+def _joined(segments: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Return the segments with neighbours of one weight joined."""
+    joined: list[tuple[str, float]] = []
+    for text, weight in segments:
+        segment = (text, weight)
+        if joined and joined[-1][1] == weight and BREAK_SEGMENT not in (segment, joined[-1]):
+            joined[-1] = (joined[-1][0] + text, weight)
+        else:
+            joined.append(segment)
+    return joined or [("", 1.0)]
+
+
+def _number(text: str) -> float | None:
+    """Return the finite number that the text is, None where it is none, such as 1.2.3 or 0,8."""
+    value = float(text) if _NUMBER.fullmatch(text) else math.inf
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One of the prompts between ANDs, and how strongly it guides."""
+
+    text: str
+    weight: float = 1.0
+
+
+def parse_composition(text: str) -> list[Composed]:
+    """Return the prompts that stand between the words AND, each without its `:weight` at the end, which is 1 if left out.
+
+    The picture is guided by the sum of weight * (prompt - negative prompt).
+    """
+    parts, found = _AND.split(text), []
+    if len(parts) == 1:  # where a text ends like "ratio 16:9" without any AND, it is no weight
+        return [Composed(text)]
+    for part in parts:
+        stripped = part.rstrip()
+        match = _AND_WEIGHT.search(stripped)
+        weight = _number(match[1]) if match else None
+        if match and weight is not None:
+            found.append(Composed(stripped[: match.start()].rstrip(), weight))
+        else:
+            found.append(Composed(stripped))
+    return found
+
+
+@dataclass(frozen=True)
+class Tag:
+    """An adapter that a prompt asks for, <lora:name:te:unet>, by the name it has there."""
+
+    name: str
+    text_encoder: float = 1.0
+    unet: float = 1.0
+    options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """What else it says as key=value, such as lbw=; a fourth value without a key is "dyn"."""
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """A prompt without its tags."""
+
+    text: str
+    tags: tuple[Tag, ...]
+    others: tuple[str, ...]
+    """Tags of other kinds, such as <hypernet:name:1>, which were taken out as well."""
+
+
+def parse_tags(text: str) -> Tagged:
+    """Return the prompt without <word:...>, and the adapters that it asks for.
+
+    <lora:name>, <lora:name:0.8> for both, <lora:name:0.5:1> for text encoders and UNet, te= and unet= by name;
+    "lyco" means the same. A tag whose weights are no numbers is text.
+    """
+    tags: list[Tag] = []
+    others: list[str] = []
+
+    def take(match: re.Match[str]) -> str:
+        if match[1].lower() not in ("lora", "lyco"):
+            others.append(match[0])
+            return ""
+        tag = _tag(match[2])
+        if tag is None:
+            return match[0]
+        tags.append(tag)
+        return ""
+
+    return Tagged(_TAG.sub(take, text), tuple(tags), tuple(others))
+
+
+def _tag(arguments: str) -> Tag | None:
+    plain: list[str] = []
+    named: dict[str, str] = {}
+    for argument in arguments.split(":"):
+        key, equals, value = argument.partition("=")
+        if equals and plain:  # the name itself may hold one
+            named[key.strip().lower()] = value
+        else:
+            plain.append(argument)
+    name = plain[0].strip()
+    encoder = _number(named.pop("te", plain[1] if len(plain) > 1 else "1"))
+    if not name or encoder is None:
+        return None
+    unet = _number(named.pop("unet", plain[2] if len(plain) > 2 else f"{encoder:f}"))
+    named |= {"dyn": plain[3]} if len(plain) > 3 else {}
+    return None if unet is None else Tag(name, encoder, unet, MappingProxyType(named))
