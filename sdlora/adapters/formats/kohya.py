@@ -80,10 +80,11 @@ def _places(keys: tuple[str, ...]) -> Places:
 
 def family_of(found: Places, shapes: Shapes, metadata: Mapping[str, str]) -> str:
     """Return "sd1", "sd2" or "sdxl", told from key style, then metadata, then widths; "" if untold."""
-    if any(key.startswith(tuple(_TEXT_PREFIXES["sdxl"].values())) for key in shapes):
+    names, text = [place.name for place in found.layers.values()], tuple(_TEXT_PREFIXES["sdxl"].values())
+    if any(name.startswith(text) for name in names):
         return "sdxl"
     told = places_family(found, shapes, metadata)
-    return told or ("sdxl" if any(key.startswith(_LDM_BLOCKS) for key in shapes) else "")
+    return told or ("sdxl" if any(name.startswith(_LDM_BLOCKS) for name in names) else "")
 
 
 def write(layers: Mapping[str, AdapterLayer], family: str) -> dict[str, torch.Tensor]:

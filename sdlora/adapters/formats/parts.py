@@ -6,6 +6,7 @@ Needs no torch, so that listing files is quick.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 
 Shape = tuple[int, ...]
 
@@ -24,7 +25,8 @@ def kinds_of(parts: Collection[str]) -> list[str]:
     return [kind for kind, names in KINDS.items() if any(name in parts for name in names)]
 
 
-def missing_part(parts: Collection[str]) -> str:
+@lru_cache(maxsize=256)  # of hundreds of layers in a file few have other parts than the rest
+def missing_part(parts: frozenset[str]) -> str:
     """Return the first tensor without which these are no layer, "" where they are complete."""
     kind = next(iter(kinds_of(parts)), "lora")
     if kind == "dense":

@@ -55,7 +55,9 @@ class Sorting:
 
     def add(self, key: str, path: str, part: str, name: str) -> None:
         """The tensor `key` is `part` of the layer at `path`, which the file calls `name`."""
-        place = self._layers.setdefault(path, Place(name))
+        place = self._layers.get(path)
+        if place is None:  # made once a layer, not once a tensor
+            place = self._layers[path] = Place(name)
         if part in place.keys:
             self._twice.append(f"{name} names a layer that the file holds under another name too ({place.name})")
         else:
@@ -69,7 +71,7 @@ class Sorting:
         """Return all of it; `spelling` says what the format calls a part where that is not its name in parts.py."""
         problems = list(dict.fromkeys(self._twice))
         for place in self._layers.values():
-            if missing := missing_part(place.keys):
+            if missing := missing_part(frozenset(place.keys)):
                 problems.append(f"{place.name} has no {(spelling or {}).get(missing, missing)}; the file is incomplete")
         return Places(self._layers, tuple(self._unknown), tuple(problems))
 
