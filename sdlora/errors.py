@@ -6,6 +6,9 @@ line prints it without a traceback and exits with the class's status.
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 
 def first_line(error: BaseException, limit: int = 150) -> str:
     """Return the first line of somebody else's error, at most `limit` characters; its kind where it has no text."""
@@ -54,3 +57,18 @@ class GenerationError(SdloraError):
 
 class GenerationCancelled(GenerationError):
     """Raised inside a generation to end it at the next step."""
+
+
+PICTURE_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow's decoders raise on damaged files, as fuzzing shows."""

@@ -6,9 +6,7 @@ import base64
 import io
 import json
 import re
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from PIL.PngImagePlugin import PngImageFile
 from sdlora.adapters.formats.dotted import METADATA
 from sdlora.adapters.formats.embedding_keys import WORD, WORDS
 from sdlora.adapters.formats.ordered import EMBED
+from sdlora.errors import PICTURE_DAMAGE
 
 TAGS, FOLDERS, PRIOR_FOLDERS = "ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs"
 _NAMES = ("ss_output_name", "modelspec.title")
@@ -105,19 +104,6 @@ _ABOUT_PIXELS = frozenset(
 _JPEG_HEADERS, _LONGEST_JPEG_HEADER = ("APP0", "APP14"), 14
 """Segments of a JPEG that are needed to show it, JFIF's and Adobe's, without the small picture that the former may hold."""
 _MOST_PIXELS = 4096 * 4096
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow's decoders raise on damaged files."""
 
 
 class Finding(NamedTuple):
@@ -256,7 +242,7 @@ def _told_by_picture(data: bytes) -> str:
                     return "a picture too large to look into"
                 picture.load()  # text may lie behind the pixels
                 return "text inside a picture" if _has_text(picture) else ""
-    except (*_DAMAGE, Warning, Image.DecompressionBombError):
+    except (*PICTURE_DAMAGE, Warning, Image.DecompressionBombError):
         return "a picture that is no plain JPEG, PNG or WebP"
 
 

@@ -22,25 +22,12 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from sdlora.data.colours import profile_title
-from sdlora.errors import DataError, first_line
+from sdlora.errors import PICTURE_DAMAGE, DataError, first_line
 
 MAX_PIXELS = 178_956_970
 """So many are decoded at most; Pillow takes more for an attack on the memory."""
 _LARGEST_REDUCTION = 8
 """A JPEG can be decoded at an eighth of its width and height."""
-# What Pillow's decoders raise on damaged files, as fuzzing shows.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
 _TIFF_ORIENTATION = 0x0112
 _TIFF_PHOTOMETRIC = 0x0106
 
@@ -110,7 +97,7 @@ def open_picture(source: Path | BinaryIO, name: str | Path | None = None) -> Ite
             yield opened, header
     except Image.DecompressionBombError as error:
         raise DataError(f"{label}: {_too_large()}") from error
-    except _DAMAGE as error:
+    except PICTURE_DAMAGE as error:
         raise DataError(f"{label}: {_explain(error)}") from error
 
 

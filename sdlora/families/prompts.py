@@ -52,16 +52,22 @@ class _Chunk:
 
 
 def encode_chunks(
-    base: LoadedBase, encoder: str, prompts: Sequence[Segments], style: PromptStyle, layer: int, normed: bool
+    base: LoadedBase,
+    encoder: str,
+    prompts: Sequence[Segments],
+    length: int,
+    style: PromptStyle,
+    *,
+    layer: int,
+    normed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return a text encoder's states [B, 77 * n, D] for the prompts, and their pooled embedding where it has one, [B, P].
 
-    n is what the longest prompt needs in any encoder; the others have empty chunks behind them. `layer` counts from the
+    n is `length`, their `chunk_count`; shorter ones have empty chunks behind them. `layer` counts from the
     last, which is 1; where `normed`, its states go through the final norm. The pooled embedding is the first chunk's,
     and weights do not touch it. Raises ConfigError for a layer that the encoder does not have.
     """
     chunked = [list(_chunks(base, encoder, prompt)) for prompt in prompts]
-    length = chunk_count(base, prompts)  # of all encoders: one may split a text into more tokens than the other
     rows = [chunk for chunks in chunked for chunk in (*chunks, *(_Chunk() for _ in range(length - len(chunks))))]
     states, pooled = _encode(base, encoder, rows, layer, normed)
     if any(weight != 1 for chunk in rows for weight in chunk.weights):
@@ -72,7 +78,10 @@ def encode_chunks(
 
 
 def chunk_count(base: LoadedBase, prompts: Sequence[Segments | None]) -> int:
-    """Return in how many chunks the longest of the prompts is encoded, by every text encoder."""
+    """Return in how many chunks the longest of the prompts is encoded by every text encoder.
+
+    One may split a text into more tokens than the other.
+    """
     return max(len(list(_chunks(base, name, prompt or NOTHING))) for name in base.text_encoders for prompt in prompts)
 
 

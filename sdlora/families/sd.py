@@ -11,7 +11,7 @@ from transformers import CLIPTextModel
 
 from sdlora.families.base import PLAIN, Conditioning, EncoderPart, LoadedBase, PictureSize, PromptStyle, Segments
 from sdlora.families.latent import LatentDiffusion, sampler
-from sdlora.families.prompts import NOTHING, encode_chunks
+from sdlora.families.prompts import NOTHING, chunk_count, encode_chunks
 from sdlora.families.traits import SD1_TRAITS, SD2_TRAITS
 from sdlora.families.words import encode_texts
 
@@ -28,7 +28,8 @@ class StableDiffusion(LatentDiffusion):
     ) -> Conditioning:
         """Return the text encoder's normed states, [B,77n,D], of weighted prompts in n chunks."""
         given = [prompt or NOTHING for prompt in prompts]
-        return Conditioning(encode_chunks(base, "text_encoder", given, style, style.clip_skip, normed=True)[0])
+        length, layer = chunk_count(base, given), style.clip_skip
+        return Conditioning(encode_chunks(base, "text_encoder", given, length, style, layer=layer, normed=True)[0])
 
     def predict(
         self,

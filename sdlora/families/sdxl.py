@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.families.base import PLAIN, Conditioning, EncoderPart, LoadedBase, PictureSize, PromptStyle, Segments
 from sdlora.families.latent import LatentDiffusion, sampler
-from sdlora.families.prompts import NOTHING, encode_chunks
+from sdlora.families.prompts import NOTHING, chunk_count, encode_chunks
 from sdlora.families.traits import SDXL_TRAITS
 from sdlora.families.words import encode_texts
 
@@ -44,9 +44,10 @@ class StableDiffusionXL(LatentDiffusion):
         No prompt is as in `encode_prompts`.
         """
         given = [prompt or NOTHING for prompt in prompts]
+        length, layer = chunk_count(base, given), max(_LAYER, style.clip_skip)
         states, pooled = [], None
         for name in base.text_encoders:
-            found, pooled = encode_chunks(base, name, given, style, max(_LAYER, style.clip_skip), normed=False)
+            found, pooled = encode_chunks(base, name, given, length, style, layer=layer, normed=False)
             states.append(found)
         return _without_prompt(base, Conditioning(torch.cat(states, dim=-1), pooled), prompts)
 

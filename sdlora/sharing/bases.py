@@ -39,7 +39,7 @@ KNOWN_BASES: Mapping[str, KnownBase] = {
 _SUFFIXES = (".safetensors", ".ckpt")
 
 
-def base_of(facts: AdapterFacts) -> str:
+def hub_base_of(facts: AdapterFacts) -> str:
     """Return the Hub id of the family's well-known base; "" where the header tells of another, or of no family."""
     known = KNOWN_BASES.get(facts.report.family)
     if known is None or prediction_of(facts.report.metadata) not in ("", known.prediction):

@@ -11,7 +11,7 @@ from typing import Any
 from sdlora.adapters.header_text import plain
 from sdlora.errors import ConfigError, OutputError
 from sdlora.families.sources import is_hub_id
-from sdlora.sharing.bases import base_of
+from sdlora.sharing.bases import hub_base_of
 from sdlora.sharing.card_text import body
 from sdlora.sharing.facts import AdapterFacts
 from sdlora.sharing.samples import Sample
@@ -53,7 +53,7 @@ def model_card(facts: AdapterFacts, wishes: CardWishes, pictures: Sequence[Sampl
         raise ConfigError(
             f"--license {wishes.license}: is no licence id; expected one such as apache-2.0, creativeml-openrail-m or other"
         )
-    base = wishes.base_model or base_of(facts)
+    base = wishes.base_model or hub_base_of(facts)
     text = body(facts, base, plain(wishes.author), wishes.repository, bool(pictures))
     return Card(
         _with_front_matter(text, facts, base, wishes, pictures), tuple(pictures), base, _notes(base, wishes, facts)
