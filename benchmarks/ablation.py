@@ -6,12 +6,14 @@
 
 Each run is a process of its own and leaves a JSON file in --out; what is there already, measured by the same
 code, is not run again; with --any-code, by any. A row that fails leaves its error there and stops no other.
+`--reported benchmarks/results/ablation.json` fills --out with what a report holds, to go on from it with other rows.
 `--rows words dora "|lora|"` takes the rows whose name or group holds one of these, or is one between bars.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -166,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scale = Scale(options.steps, tuple(options.seeds), options.prompts, options.sweep_steps)
     book = Book(options.out)
     runner = Runner(book, options.jobs, options.any_code)
+    if options.reported:
+        book.take(json.loads(options.reported.read_text(encoding="utf-8")), scale)
     try:
         if options.command == "run":
             run(chosen_rows(ROWS, options.rows), runner, scale)
@@ -193,6 +197,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=Scale.prompts, help="judged prompts of each kind")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each of one thread")
     parser.add_argument("--any-code", action="store_true", help="do not repeat what earlier code has measured")
+    parser.add_argument("--reported", type=Path, help="an ablation.json: what it holds is not run again either")
     parser.add_argument("--every", type=int, default=10, help="time-to-concept: steps between measurements")
     parser.add_argument("--target", type=float, default=_DEMO_LOSS, help="time-to-concept: the held-out loss to reach")
     parser.add_argument("--docs", type=Path, default=_HERE.parent / "docs", help="folder for the report's page")

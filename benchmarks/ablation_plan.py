@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,22 @@ class Book:
             path.unlink()
         slug = re.sub(r"[^a-z0-9]+", "-", job.row.lower()).strip("-")
         write_json(self.folder / f"{slug}-{job.seed}-{key_of(job)}-{code}.json", result)
+
+    def take(self, report: Mapping[str, Any], scale: Scale) -> None:
+        """The folder holds what a report's ablation.json does, which has of a sweep no more than its losses."""
+        measured = [*report["bases"].values(), *(run for row in report["rows"] for run in row["runs"])]
+        for run in measured:
+            job = Job(**{field.name: run[field.name] for field in fields(Job)})
+            if not self.holds(job, "*"):
+                self.keep(job, run["code"], run)
+        chosen = {row["name"]: row["chosen"]["losses"] for row in report["rows"] if row["chosen"]}
+        rows = [row for row in ROWS if row.name in chosen]
+        for row in sorted(rows, key=lambda row: bool(row.swept_as)):  # those that others inherit from, first
+            for job in sweep_jobs(row, self, scale):
+                loss = chosen[row.name].get(str(job.settings[row.sweep.key])) if row.sweep else None
+                if loss is not None and not self.holds(job, "*"):
+                    kept = {**asdict(job), "loss_after": loss, "measured": ""}
+                    self.keep(job, "reported", kept)
 
     def _results(self, job: Job, code: str) -> list[Result]:
         paths = self.folder.glob(f"*-{key_of(job)}-{code}.json")

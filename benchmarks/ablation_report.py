@@ -370,7 +370,7 @@ def time_notes(rows: Sequence[Measured], target: float, every: int) -> str:
 
 
 def plain(rows: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Return the rows for the JSON report."""
+    """Return the rows for the JSON report, from which `Book.take` fills a book again."""
     return [
         {
             "name": row.row.name,
@@ -380,7 +380,7 @@ def plain(rows: Sequence[Measured]) -> list[dict[str, Any]]:
             if row.choice
             else None,
             "problem": row.problem,
-            "runs": [{key: value for key, value in run.items() if key != "machine"} for run in row.runs],
+            "runs": row.runs,
         }
         for row in rows
     ]

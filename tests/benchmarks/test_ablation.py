@@ -199,6 +199,19 @@ def test_the_report_holds_means_and_spreads_of_the_runs(children, tmp_path):
     assert lora["chosen"]["value"] == 0.004
 
 
+def test_what_a_report_holds_is_not_run_again(children, tmp_path):
+    words = ["--rows", "|lora|", "debiased", "|loha|"]
+    ablation.main(options(tmp_path, "run", *words))
+    ablation.main(options(tmp_path, "report", *words))
+    page, made = (tmp_path / "ablation.md").read_text(), len(children.jobs)
+    elsewhere = tmp_path / "elsewhere"
+    taken = ["--reported", str(tmp_path / "ablation.json"), "--any-code"]
+    ablation.main(options(elsewhere, "run", *words, *taken))
+    assert len(children.jobs) == made
+    ablation.main(options(elsewhere, "report", *words))
+    assert (elsewhere / "ablation.md").read_text() == page
+
+
 def test_a_report_without_runs_says_how_to_make_them(children, tmp_path):
     with pytest.raises(SystemExit, match=r"start with: ablation\.py run"):
         ablation.main(options(tmp_path, "report"))
