@@ -7,9 +7,9 @@ the order of adapters does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ from sdlora.adapters.layers import AdapterLayer, DeltaLayer, DenseLayer, DoraLay
 from sdlora.families.base import LoadedBase
 from sdlora.families.quantize import full_weight
 
+Strength = float | torch.Tensor
+"""How strongly a branch acts: in all rows of a batch, or [B,1,...] in each."""
+
 
 class Branch(Protocol):
     """One adapter beside one layer."""
@@ -29,7 +32,7 @@ class Branch(Protocol):
         """Return the tensors that it holds."""
         ...
 
-    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: float) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: Strength) -> torch.Tensor:
         """Return what is added to `output`, which the bare layer gave for `inputs`."""
         ...
 
@@ -59,6 +62,7 @@ def detach(base: LoadedBase, name: str) -> None:
     for branches in list(_all(base)):
         branches.members.pop(name, None)
         branches.strengths.pop(name, None)
+        branches.rows = tuple(part for part in branches.rows if part.name != name)
         if not branches.members:
             branches.handle.remove()
 
@@ -70,20 +74,36 @@ def set_strengths(
     for component, module in base.components():
         own = {**strengths, **in_text_encoders} if component in base.text_encoders else strengths
         for branches in _within(module):
+            branches.rows = ()
             branches.strengths = {name: value for name, value in own.items() if name in branches.members and value}
+
+
+def set_rows(base: LoadedBase, rows: Sequence[Mapping[str, float]]) -> None:
+    """Exactly the branches of `rows` act on the UNet, in each row of a batch its own ones times their strengths."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    strengths, by_row = dict[str, float](), list[_Rows]()
+    for name in names:
+        column = [row.get(name, 0.0) for row in rows]
+        if len(set(column)) == 1:
+            strengths[name] = column[0]
+        else:
+            by_row.append(_Rows.of(name, column, base.device))
+    for branches in _within(base.unet):
+        branches.strengths = {name: value for name, value in strengths.items() if name in branches.members and value}
+        branches.rows = tuple(part for part in by_row if part.name in branches.members)
 
 
 @contextmanager
 def branches_off(base: LoadedBase) -> Iterator[None]:
     """Inside, no branch acts; afterwards all do as before."""
-    changed = [(branches, branches.strengths) for branches in _all(base)]
+    changed = [(branches, branches.strengths, branches.rows) for branches in _all(base)]
     try:
-        for branches, _ in changed:
-            branches.strengths = {}
+        for branches, _, _ in changed:
+            branches.strengths, branches.rows = {}, ()
         yield
     finally:
-        for branches, strengths in changed:
-            branches.strengths = strengths
+        for branches, strengths, rows in changed:
+            branches.strengths, branches.rows = strengths, rows
 
 
 def branch_tensors(base: LoadedBase) -> Iterator[torch.Tensor]:
@@ -102,7 +122,7 @@ class DenseBranch:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.delta,)
 
-    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: float) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: Strength) -> torch.Tensor:
         return _apply(self.layer, inputs, self.delta) * strength
 
 
@@ -115,7 +135,7 @@ class _DeltaBranch:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.adapter.tensors()
 
-    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: float) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: Strength) -> torch.Tensor:
         with torch.autocast(inputs.device.type, enabled=False):
             delta = self.adapter.delta_weight().reshape(_weight_shape(self.layer))
         return _apply(self.layer, inputs, delta.to(self.adapter.tensors()[0].dtype)) * strength
@@ -135,7 +155,7 @@ class _LoraBranch:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.down, self.up)
 
-    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: float) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: Strength) -> torch.Tensor:
         narrow = _apply(self.layer, inputs, self.down)
         wide = functional.conv2d(narrow, self.up) if self.up.ndim == 4 else functional.linear(narrow, self.up)
         return wide * (strength * self.alpha / self.rank)
@@ -157,7 +177,7 @@ class _DoraBranch:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (*self.inner.tensors(), self.gain, self.excess)
 
-    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: float) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: Strength) -> torch.Tensor:
         if self.by_column:  # (W + delta-W)(g x) - W x
             layer: Any = self.layer
             without_hooks = self._without_bias(layer.forward(inputs * self.excess))
@@ -171,18 +191,48 @@ class _DoraBranch:
         return output - (bias[:, None, None] if isinstance(self.layer, nn.Conv2d) else bias)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a batch in which one adapter acts, and how strongly in each."""
+
+    name: str
+    index: torch.Tensor
+    strengths: torch.Tensor
+
+    @staticmethod
+    def of(name: str, column: Sequence[float], device: torch.device) -> _Rows:
+        """Return those of a strength for each row of the batch, 0 where it does not act."""
+        index = [row for row, strength in enumerate(column) if strength]
+        return _Rows(
+            name, torch.tensor(index, device=device), torch.tensor([column[row] for row in index], device=device)
+        )
+
+    def strength(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the strengths in a shape that multiplies the rows of `output`."""
+        return self.strengths.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1))
+
+
 class _Branches:
-    """The hook of one layer: the branches beside it, and how strongly each acts."""
+    """The hook of one layer: the branches beside it, and how strongly each acts in which rows."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.members: dict[str, Branch] = {}
         self.strengths: dict[str, float] = {}
+        """Of those that act alike in all rows."""
+        self.rows: tuple[_Rows, ...] = ()
         self.handle = layer.register_forward_hook(self)
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         result = output
         for name, strength in self.strengths.items():
             result = result + self.members[name](inputs[0], output, strength).to(output.dtype)
+        return self._add_rows(inputs[0], output, result) if self.rows else result
+
+    def _add_rows(self, inputs: torch.Tensor, output: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        for part in self.rows:
+            own = output[part.index]
+            share = self.members[part.name](inputs[part.index], own, part.strength(own))
+            result = result.index_add(0, part.index, share.to(result.dtype))
         return result
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from sdlora.adapters.branches import attach, branch_of, branch_tensors, branches_off, detach, set_strengths
+from sdlora.adapters.branches import attach, branch_of, branch_tensors, branches_off, detach, set_rows, set_strengths
 from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.fit import refuse_misfit
 from sdlora.adapters.live import bare, has_float32_peft_adapter, locate, peft_off, remove_peft_adapter, set_peft_weights
@@ -45,6 +45,14 @@ def set_adapter_weights(
     """
     set_strengths(base, weights, text_encoder_weights)
     set_peft_weights(base, weights)
+
+
+def act_in_rows(base: LoadedBase, rows: Sequence[Mapping[str, float]]) -> None:
+    """In the UNet, exactly the adapters of `rows` act, each row of its batches with its own ones and weights.
+
+    It holds until weights are set again. Text encoders are left as they are, and adapters that peft put in too.
+    """
+    set_rows(base, rows)
 
 
 @contextmanager

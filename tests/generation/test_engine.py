@@ -12,7 +12,7 @@ from sdlora.config import AdapterSection, BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationCancelled, GenerationError, ModelError
 from sdlora.families.base import Conditioning, PictureSize
 from sdlora.families.registry import load_base
-from sdlora.generation import engine as engine_module
+from sdlora.generation import resident
 from sdlora.generation.engine import Engine, refuse_foreign_adapters
 from sdlora.generation.pictures import read_recipe, save_picture
 from sdlora.storage import sha256_of_file, sha256_of_tensor_data
@@ -185,22 +185,21 @@ def test_progress_counts_to_the_last_step_of_the_last_picture(engine):
         assert total >= 3
 
 
-def test_adapters_stay_resident_and_the_least_recently_used_is_let_go(engine, adapters, monkeypatch):
+def test_adapters_stay_resident_and_the_least_recently_used_is_let_go(tiny_base, adapters, monkeypatch):
     reads = []
-    real = engine_module.read_adapter
-    monkeypatch.setattr(engine_module, "read_adapter", lambda path: reads.append(path.name[:8]) or real(path))
-    monkeypatch.setattr(engine_module, "_RESIDENT_ADAPTERS", 2)
+    real = resident.read_adapter
+    monkeypatch.setattr(resident, "read_adapter", lambda path: reads.append(path.name[:8]) or real(path))
+    engine = Engine(tiny_base(), resident_adapters=2)
     for index in (0, 1, 0, 2, 0, 1):
         make(engine, ask(steps=1, adapters=using((adapters[index], 1.0))))
     # 2 pushes out 1, since 0 was used after it; then 1 is read again
     assert reads == ["adapter0", "adapter1", "adapter2", "adapter1"]
 
 
-def test_a_request_may_use_more_adapters_than_stay_resident(engine, adapters, monkeypatch, tiny_base):
+def test_a_request_may_use_more_adapters_than_stay_resident(engine, adapters, tiny_base):
     request = ask(adapters=using(*((path, 0.5) for path in adapters)))
     expected = make(Engine(tiny_base()), request)
-    monkeypatch.setattr(engine_module, "_RESIDENT_ADAPTERS", 1)
-    assert same(make(engine, request), expected)
+    assert same(make(Engine(tiny_base(), resident_adapters=1), request), expected)
 
 
 def test_a_file_that_was_written_anew_is_read_anew(engine, adapters, make_adapter, tiny_base, tmp_path):

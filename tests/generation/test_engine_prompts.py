@@ -12,6 +12,7 @@ from sdlora.adapters.file import AdapterFile, read_adapter
 from sdlora.adapters.write import write_adapter
 from sdlora.errors import ConfigError, FormatError
 from sdlora.families.base import PictureSize
+from sdlora.families.latent import sampler as sampler_of
 from sdlora.generation.engine import Engine
 from sdlora.generation.pictures import infotext
 
@@ -81,7 +82,7 @@ def test_and_adds_up_what_each_prompt_makes_of_the_noise(tiny_base, shape):
     found = make(engine, ask(prompt=prompt, negative_prompt="green", steps=1, guidance_scale=3.0, seed=5))[0]
     with torch.no_grad():
         rows = base.family.encode_prompts(base, ["green", "a red ball", "a blue box"])
-        sampler = engine._sampler
+        sampler = sampler_of(base)
         sampler.set_timesteps(1)
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)) * sampler.init_noise_sigma
         sizes = [PictureSize((64, 64), (0, 0), (64, 64))] * 3

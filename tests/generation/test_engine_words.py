@@ -14,7 +14,7 @@ from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.write import write_adapter
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationCancelled, ModelError
-from sdlora.generation import engine as engine_module
+from sdlora.generation import resident
 from sdlora.generation.engine import Engine, refuse_foreign_adapters
 from sdlora.generation.pictures import read_recipe, save_picture
 from sdlora.storage import sha256_of_file, sha256_of_tensor_data
@@ -114,13 +114,20 @@ def test_words_that_a_base_knows_stay_known_and_are_not_overruled(tiny_base, wor
     assert not same(known, make(engine, zorb()))
 
 
-def test_an_error_or_a_cancel_leaves_no_word_behind(engine, words, tmp_path):
+def test_an_error_or_a_cancel_leaves_no_word_behind(engine, words, tmp_path, monkeypatch):
     def cancel(progress):
-        assert engine.base.words  # here it is known
+        raise GenerationCancelled("stopped")
+
+    def fail(base, *texts):
+        assert base.words  # here it is known
         raise GenerationCancelled("stopped")
 
     with pytest.raises(GenerationCancelled):
         make(engine, zorb(adapters=using((words["alone"], 1.0))), on_step=cancel)
+    assert engine.base.words == {}
+    with monkeypatch.context() as patched, pytest.raises(GenerationCancelled):
+        patched.setattr(engine.base.family, "encode_segments", fail)
+        make(engine, zorb(adapters=using((words["alone"], 1.0))))
     assert engine.base.words == {}
     with pytest.raises(FormatError):
         make(engine, zorb(adapters=using((words["alone"], 1.0), (str(tmp_path / "missing.safetensors"), 1.0))))
@@ -144,9 +151,9 @@ def test_an_embedding_for_another_base_is_refused(engine, words, tmp_path, shape
 
 def test_an_embedding_works_in_the_negative_prompt_and_several_stay_resident(engine, words, monkeypatch):
     reads = []
-    real = engine_module.read_adapter
-    monkeypatch.setattr(engine_module, "read_adapter", lambda path: reads.append(path.stem) or real(path))
-    monkeypatch.setattr(engine_module, "_RESIDENT_ADAPTERS", 1)
+    real = resident.read_adapter
+    monkeypatch.setattr(resident, "read_adapter", lambda path: reads.append(path.stem) or real(path))
+    engine = Engine(engine.base, resident_adapters=1)
     bare = make(engine, ask(negative_prompt="zorb"))
     assert not same(bare, make(engine, ask(negative_prompt="zorb", adapters=using((words["alone"], 1.0)))))
     make(engine, zorb(adapters=using((words["alone"], 1.0))))

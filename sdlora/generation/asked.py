@@ -1,0 +1,76 @@
+"""From requests to single pictures: choices made, tags read, prompts planned."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sdlora.config import validated
+from sdlora.errors import ConfigError
+from sdlora.families.base import LoadedBase
+from sdlora.generation.prompt_plan import PicturePrompts, PromptPlan, picture_prompts, plan_prompt
+from sdlora.generation.prompts import parse_tags
+from sdlora.generation.request import AdapterChoice, GenerationRequest
+from sdlora.generation.wildcards import NO_WILDCARDS, Wildcards, read_wildcards
+from sdlora.storage import user_path
+
+FindAdapter = Callable[[str], Path]
+"""Returns the file of the adapter that prompts call <lora:NAME>, or raises SdloraError."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One picture of a request."""
+
+    request: GenerationRequest
+    number: int
+    """Which of the requests it is of."""
+    seed: int
+    texts: PicturePrompts
+    adapters: tuple[AdapterChoice, ...]
+    plan: PromptPlan
+
+    @property
+    def guided(self) -> bool:
+        """Whether a negative prompt takes part: not at a scale of 1 or less, but for several prompts or a weighted one."""
+        return self.request.guidance_scale > 1 or not self.plan.is_plain
+
+    def size(self, base: LoadedBase) -> tuple[int, int]:
+        """Return width and height in pixels."""
+        return self.request.width or base.resolution, self.request.height or base.resolution
+
+
+def asked_pictures(request: GenerationRequest, number: int, find_adapter: FindAdapter | None) -> Iterator[Asked]:
+    """Yield the pictures of a request in the order of their seeds. Raises ConfigError for a tag that names no adapter."""
+    wildcards = read_wildcards(user_path(request.wildcards)) if request.wildcards else NO_WILDCARDS
+
+    @functools.cache
+    def find(name: str) -> str:
+        if find_adapter is None:
+            raise ConfigError(f"the prompt asks for <lora:{name}>; name that adapter's file instead")
+        return str(find_adapter(name))
+
+    for seed in range(request.seed, request.seed + request.count):
+        texts, adapters = _choose(request, seed, wildcards, find)
+        plan = plan_prompt(texts.prompt, texts.negative_prompt, request.steps, request.emphasis)
+        yield Asked(request, number, seed, texts, adapters, plan)
+
+
+def _choose(
+    request: GenerationRequest, seed: int, wildcards: Wildcards, find: Callable[[str], str]
+) -> tuple[PicturePrompts, tuple[AdapterChoice, ...]]:
+    """Return the prompts of the picture with that seed without their tags, and all its adapters."""
+    texts = picture_prompts(request.prompt, request.negative_prompt, seed, wildcards, request.emphasis)
+    if request.emphasis == "none":
+        return texts, request.adapters
+    tagged = parse_tags(texts.prompt)
+    choices = {choice.path: choice for choice in request.adapters}
+    for tag in tagged.tags:
+        path = find(tag.name)
+        if path in choices:
+            raise ConfigError(f"the adapter {tag.name!r} is named twice; give it once with the sum of the weights")
+        values = {"path": path, "weight": tag.unet, "text_encoder_weight": tag.text_encoder}
+        choices[path] = validated(AdapterChoice, values, f"<lora:{tag.name}>")
+    return replace(texts, prompt=tagged.text), tuple(choices.values())

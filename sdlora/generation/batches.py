@@ -1,0 +1,76 @@
+"""Which pictures are made together: all that have in common what a batch cannot have two of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from sdlora.families.base import LoadedBase
+from sdlora.families.prompts import chunk_count
+from sdlora.families.words import knowing
+from sdlora.generation.asked import Asked
+from sdlora.generation.prompt_plan import Emphases
+from sdlora.generation.request import Recipe
+from sdlora.generation.resident import Acting
+
+Made = tuple[int, Image.Image, Recipe]
+"""(number of its request, picture, recipe)."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What the pictures of a batch have in common."""
+
+    size: tuple[int, int]
+    steps: int
+    guided: bool
+    emphasis: Emphases
+    clip_skip: int
+    zero_snr: bool
+    """Whether adapters ask for a schedule that ends in pure noise."""
+    chunks: int
+    """Of 75 tokens, in the longest of all its prompts."""
+
+
+def in_order(asked: Sequence[Asked], batch_size: int) -> Iterator[list[Asked]]:
+    """Yield the pictures in their order, so many together."""
+    for start in range(0, len(asked), batch_size):
+        yield list(asked[start : start + batch_size])
+
+
+def regrouped(base: LoadedBase, asked: Sequence[Asked], batch_size: int) -> Iterator[list[Asked]]:
+    """Yield all pictures in full batches as far as possible, those with the same adapters next to one another.
+
+    What adapters change, their words and schedules, is not known here; `split_alike` has the last word.
+    """
+    groups: dict[Likeness, list[Asked]] = {}
+    for picture in asked:
+        groups.setdefault(likeness(base, picture), []).append(picture)
+    mixes = {mix: place for place, mix in enumerate(dict.fromkeys(picture.adapters for picture in asked))}
+    for group in groups.values():
+        yield from in_order(sorted(group, key=lambda picture: mixes[picture.adapters]), batch_size)
+
+
+def split_alike(base: LoadedBase, batch: Sequence[Asked], acting: Sequence[Acting]) -> list[list[int]]:
+    """Return the numbers of pictures in groups that can be made together, in the order of their first ones."""
+    groups: dict[Likeness, list[int]] = {}
+    for number, (picture, one) in enumerate(zip(batch, acting, strict=True)):
+        with knowing(base, one.words):
+            groups.setdefault(likeness(base, picture, one.zero_snr), []).append(number)
+    return list(groups.values())
+
+
+def likeness(base: LoadedBase, asked: Asked, zero_snr: bool = False) -> Likeness:
+    """Return what the picture shares with those of its batch; the base must know its words."""
+    request = asked.request
+    return Likeness(
+        size=asked.size(base),
+        steps=request.steps,
+        guided=asked.guided,
+        emphasis=request.emphasis,
+        clip_skip=request.clip_skip,
+        zero_snr=zero_snr,
+        chunks=chunk_count(base, list(asked.plan.spellings())),
+    )
