@@ -7,7 +7,9 @@ the order of adapters does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -23,6 +25,10 @@ from sdlora.families.quantize import full_weight
 
 Strength = float | torch.Tensor
 """How strongly a branch acts: in all rows of a batch, or [B,1,...] in each."""
+
+
+BlockStrength = Callable[[str], float]
+"""Returns how strongly an adapter acts in a block of the UNet, named as in `blocks.UNET_BLOCKS`."""
 
 
 class Branch(Protocol):
@@ -52,9 +58,9 @@ def branch_of(layer: nn.Module, adapter: AdapterLayer, base: LoadedBase) -> Bran
     return _DeltaBranch(layer, adapter, base)
 
 
-def attach(layer: nn.Module, name: str, branch: Branch) -> None:
-    """`branch` is in place beside the bare `layer` under `name`, not yet active."""
-    (_find(layer) or _Branches(layer)).members[name] = branch
+def attach(layer: nn.Module, name: str, branch: Branch, block: str = "") -> None:
+    """`branch` is in place beside the bare `layer`, which lies in that block, under `name`, not yet active."""
+    (_find(layer) or _Branches(layer, block)).members[name] = branch
 
 
 def detach(base: LoadedBase, name: str) -> None:
@@ -78,17 +84,23 @@ def set_strengths(
             branches.strengths = {name: value for name, value in own.items() if name in branches.members and value}
 
 
-def set_rows(base: LoadedBase, rows: Sequence[Mapping[str, float]]) -> None:
+def set_rows(base: LoadedBase, rows: Sequence[Mapping[str, BlockStrength]]) -> None:
     """Exactly the branches of `rows` act on the UNet, in each row of a batch its own ones times their strengths."""
     names = dict.fromkeys(name for row in rows for name in row)
-    strengths, by_row = dict[str, float](), list[_Rows]()
-    for name in names:
-        column = [row.get(name, 0.0) for row in rows]
-        if len(set(column)) == 1:
-            strengths[name] = column[0]
-        else:
-            by_row.append(_Rows.of(name, column, base.device))
+
+    @functools.cache
+    def within(block: str) -> tuple[dict[str, float], list[_Rows]]:
+        strengths, by_row = dict[str, float](), list[_Rows]()
+        for name in names:
+            column = [row[name](block) if name in row else 0.0 for row in rows]
+            if len(set(column)) == 1:
+                strengths[name] = column[0]
+            else:
+                by_row += _Rows.of(name, column, base.device)
+        return strengths, by_row
+
     for branches in _within(base.unet):
+        strengths, by_row = within(branches.block)
         branches.strengths = {name: value for name, value in strengths.items() if name in branches.members and value}
         branches.rows = tuple(part for part in by_row if part.name in branches.members)
 
@@ -193,29 +205,34 @@ class _DoraBranch:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a batch in which one adapter acts, and how strongly in each."""
+    """Neighbouring rows of a batch in which one adapter acts, and how strongly in each."""
 
     name: str
-    index: torch.Tensor
-    strengths: torch.Tensor
+    rows: slice
+    strengths: float | torch.Tensor
 
     @staticmethod
-    def of(name: str, column: Sequence[float], device: torch.device) -> _Rows:
-        """Return those of a strength for each row of the batch, 0 where it does not act."""
-        index = [row for row, strength in enumerate(column) if strength]
-        return _Rows(
-            name, torch.tensor(index, device=device), torch.tensor([column[row] for row in index], device=device)
-        )
+    def of(name: str, column: Sequence[float], device: torch.device) -> Iterator[_Rows]:
+        """Yield those of a strength for each row of the batch, 0 where it does not act."""
+        for acts, members in itertools.groupby(enumerate(column), key=lambda row: row[1] != 0):
+            if acts:
+                rows, strengths = zip(*members, strict=True)
+                alike = len(set(strengths)) == 1
+                strength = strengths[0] if alike else torch.tensor(strengths, device=device)
+                yield _Rows(name, slice(rows[0], rows[-1] + 1), strength)
 
-    def strength(self, output: torch.Tensor) -> torch.Tensor:
-        """Return the strengths in a shape that multiplies the rows of `output`."""
+    def strength(self, output: torch.Tensor) -> Strength:
+        """Return what multiplies its rows of `output`."""
+        if isinstance(self.strengths, float):
+            return self.strengths
         return self.strengths.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1))
 
 
 class _Branches:
     """The hook of one layer: the branches beside it, and how strongly each acts in which rows."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, block: str) -> None:
+        self.block = block
         self.members: dict[str, Branch] = {}
         self.strengths: dict[str, float] = {}
         """Of those that act alike in all rows."""
@@ -229,10 +246,10 @@ class _Branches:
         return self._add_rows(inputs[0], output, result) if self.rows else result
 
     def _add_rows(self, inputs: torch.Tensor, output: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        result = output.clone() if result is output else result
         for part in self.rows:
-            own = output[part.index]
-            share = self.members[part.name](inputs[part.index], own, part.strength(own))
-            result = result.index_add(0, part.index, share.to(result.dtype))
+            own = output[part.rows]
+            result[part.rows] += self.members[part.name](inputs[part.rows], own, part.strength(own)).to(output.dtype)
         return result
 
 

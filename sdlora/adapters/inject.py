@@ -9,7 +9,17 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from sdlora.adapters.branches import attach, branch_of, branch_tensors, branches_off, detach, set_rows, set_strengths
+from sdlora.adapters.blocks import unet_block
+from sdlora.adapters.branches import (
+    BlockStrength,
+    attach,
+    branch_of,
+    branch_tensors,
+    branches_off,
+    detach,
+    set_rows,
+    set_strengths,
+)
 from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.fit import refuse_misfit
 from sdlora.adapters.live import bare, has_float32_peft_adapter, locate, peft_off, remove_peft_adapter, set_peft_weights
@@ -28,9 +38,9 @@ def add_adapter(base: LoadedBase, name: str, adapter: AdapterFile) -> None:
     located = {path: locate(modules, path) for path in adapter.layers}
     _check_fit(base, adapter, located)
     layers = {path: bare(_module(modules, live)) for path, live in located.items()}
-    branches = [(layers[path], branch_of(layers[path], layer, base)) for path, layer in adapter.layers.items()]
-    for layer, branch in branches:
-        attach(layer, name, branch)
+    branches = [(path, branch_of(layers[path], layer, base)) for path, layer in adapter.layers.items()]
+    for path, branch in branches:
+        attach(layers[path], name, branch, unet_block(path, base.unet.config.layers_per_block))
     set_adapter_weights(base, {})
 
 
@@ -47,7 +57,7 @@ def set_adapter_weights(
     set_peft_weights(base, weights)
 
 
-def act_in_rows(base: LoadedBase, rows: Sequence[Mapping[str, float]]) -> None:
+def act_in_rows(base: LoadedBase, rows: Sequence[Mapping[str, BlockStrength]]) -> None:
     """In the UNet, exactly the adapters of `rows` act, each row of its batches with its own ones and weights.
 
     It holds until weights are set again. Text encoders are left as they are, and adapters that peft put in too.

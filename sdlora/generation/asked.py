@@ -11,7 +11,7 @@ from sdlora.config import validated
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase
 from sdlora.generation.prompt_plan import PicturePrompts, PromptPlan, picture_prompts, plan_prompt
-from sdlora.generation.prompts import parse_tags
+from sdlora.generation.prompts import Tag, parse_tags
 from sdlora.generation.request import AdapterChoice, GenerationRequest
 from sdlora.generation.wildcards import NO_WILDCARDS, Wildcards, read_wildcards
 from sdlora.storage import user_path
@@ -71,6 +71,15 @@ def _choose(
         path = find(tag.name)
         if path in choices:
             raise ConfigError(f"the adapter {tag.name!r} is named twice; give it once with the sum of the weights")
-        values = {"path": path, "weight": tag.unet, "text_encoder_weight": tag.text_encoder}
-        choices[path] = validated(AdapterChoice, values, f"<lora:{tag.name}>")
+        choices[path] = _choice(tag, path)
     return replace(texts, prompt=tagged.text), tuple(choices.values())
+
+
+def _choice(tag: Tag, path: str) -> AdapterChoice:
+    """Return the adapter that a tag asks for; lbw=, step=, start= and stop= as in the LoRA Block Weight extension."""
+    options = dict(tag.options)
+    steps = options.get("step", "")
+    if not steps and ("start" in options or "stop" in options):
+        steps = f"{options.get('start', '')}-{options.get('stop', '')}"
+    values = {"path": path, "weight": tag.unet, "text_encoder_weight": tag.text_encoder}
+    return validated(AdapterChoice, {**values, "blocks": options.get("lbw", ""), "steps": steps}, f"<lora:{tag.name}>")

@@ -14,8 +14,8 @@ from sdlora.generation.encoded import EncodedPrompts, Guide
 
 AfterStep = Callable[[int, int], None]
 """Called with (steps done, steps)."""
-Act = Callable[[Sequence[int]], None]
-"""Called with the number of the picture that each row of the UNet's next batches belongs to."""
+Act = Callable[[Sequence[int], int], None]
+"""Called with the number of the picture that each row of the UNet's next batch belongs to, and the step."""
 
 
 def denoise(
@@ -37,7 +37,6 @@ def denoise(
     A guided picture follows n + scale * sum over its prompts p of weight * (p - n), n its negative prompt (Ho and
     Salimans 2022; Liu et al. 2022 for several); one that is not, its one prompt only.
     """
-    pictures = len(generators)
     scheduler.set_timesteps(steps, device=base.device)
     options = _step_options(scheduler, generators)
     size = PictureSize((height, width), (0, 0), (height, width))
@@ -45,27 +44,30 @@ def denoise(
     latents = _noise(base, height, width, generators, encoded.dtype) * scheduler.init_noise_sigma
     count = len(scheduler.timesteps)
     for number, timestep in enumerate(scheduler.timesteps):
-        wanted = encoded.guides(number * steps // count + 1, guided)
+        step = number * steps // count + 1
+        wanted = encoded.guides(step, guided)
         if wanted != batch:
             batch, conditioning = wanted, encoded.rows(wanted)
-            act([guide.picture for guide in batch])
+        act([guide.picture for guide in batch], step)
         inputs = scheduler.scale_model_input(latents[[guide.picture for guide in batch]], timestep)
         predicted = base.family.predict(base, inputs, timestep, conditioning, [size] * len(batch))
         if guided:
-            predicted = _guide(predicted, batch[pictures:], guidance_scales)
+            predicted = _guide(predicted, batch, guidance_scales)
         dtype = latents.dtype
         latents = scheduler.step(predicted, timestep, latents, **options, return_dict=False)[0].to(dtype)
         after_step(number + 1, count)
     return latents
 
 
-def _guide(predicted: torch.Tensor, prompts: Sequence[Guide], scales: Sequence[float]) -> torch.Tensor:
-    """Return what the prompts make of each picture together, [B,4,h,w]."""
-    without = predicted[: len(scales)]
-    guided = list(without)
-    for guide, row in zip(prompts, predicted[len(scales) :], strict=True):
-        pull = scales[guide.picture] * guide.weight * (row - without[guide.picture])
-        guided[guide.picture] = guided[guide.picture] + pull
+def _guide(predicted: torch.Tensor, batch: Sequence[Guide], scales: Sequence[float]) -> torch.Tensor:
+    """Return what the prompts make of each picture together, [B,4,h,w]; its negative prompt's row is its first."""
+    guided: list[torch.Tensor] = []
+    for guide, row in zip(batch, predicted, strict=True):
+        if guide.weight is None:
+            without = row
+            guided.append(row)
+        else:
+            guided[-1] = guided[-1] + scales[guide.picture] * guide.weight * (row - without)
     return torch.stack(guided)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ class Guide:
 
     picture: int
     row: int
-    weight: float
+    weight: float | None
+    """None: it is the negative prompt, from which the others pull away."""
 
 
 class EncodedPrompts:
@@ -54,17 +55,15 @@ class EncodedPrompts:
         return self._conditioning.states.dtype
 
     def guides(self, step: int, guided: bool) -> list[Guide]:
-        """Return the batch of a step: where `guided`, first each picture's negative prompt, then all other prompts."""
-        negative = [
-            Guide(number, self._rows[number][plan.negative.at(step) if plan.negative else None], 0.0)
-            for number, plan in enumerate(self._plans)
-        ]
-        positive = [
-            Guide(number, self._rows[number][part.at(step)], part.weight)
-            for number, plan in enumerate(self._plans)
-            for part in plan.positive
-        ]
-        return [*negative, *positive] if guided else positive
+        """Return the batch of a step, picture by picture: where `guided`, its negative prompt first, then all others."""
+        return [guide for number in range(len(self._plans)) for guide in self._guides(number, step, guided)]
+
+    def _guides(self, number: int, step: int, guided: bool) -> Iterator[Guide]:
+        plan, rows = self._plans[number], self._rows[number]
+        if guided:
+            yield Guide(number, rows[plan.negative.at(step) if plan.negative else None], None)
+        for part in plan.positive:
+            yield Guide(number, rows[part.at(step)], part.weight)
 
     def rows(self, guides: Sequence[Guide]) -> Conditioning:
         """Return the conditioning of a batch."""

@@ -81,10 +81,10 @@ def infotext(recipe: Recipe) -> str:
 
 
 def _weights(item: UsedAdapter) -> str:
-    """Return an adapter's weights as in its tag: one for all, or those of text encoders and UNet."""
-    if item.text_encoder_weight in (None, item.weight):
-        return f"{item.weight:g}"
-    return f"{item.text_encoder_weight:g}:{item.weight:g}"
+    """Return an adapter's weights as in its tag: one for all, or those of text encoders and UNet; blocks and steps."""
+    alike = item.text_encoder_weight in (None, item.weight)
+    weights = f"{item.weight:g}" if alike else f"{item.text_encoder_weight:g}:{item.weight:g}"
+    return weights + (f":lbw={item.blocks}" if item.blocks else "") + (f":step={item.steps}" if item.steps else "")
 
 
 def _quoted(value: str) -> str:

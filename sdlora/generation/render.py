@@ -66,7 +66,7 @@ class Renderer:
             height=height,
             steps=request.steps,
             guided=batch[0].guided,
-            act=lambda rows: self._adapters.act([acting[number] for number in rows]),
+            act=lambda rows, step: self._adapters.act([acting[number] for number in rows], step, request.steps),
             after_step=after_step,
         )
         for asked, row in zip(batch, latents, strict=True):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from sdlora.adapters.blocks import parse_block_weights
 from sdlora.config import Section, validated
 from sdlora.errors import FormatError
 from sdlora.generation.prompt_plan import Emphases
+from sdlora.generation.step_weights import parse_step_weights
 
 SEED_LIMIT = 2**32
 _Side = Annotated[int, Field(ge=0, le=4096, multiple_of=8)]
@@ -25,6 +28,27 @@ class AdapterChoice(Section):
     """1 is as trained, 0 is not at all. New words act whole, but at 0."""
     text_encoder_weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
     """How strongly it acts on the text encoders; not given: as on the UNet."""
+    blocks: str = ""
+    """What the weight is multiplied by in each block: "MIDD", "1,0,0,1,...", "IN=0, MID=1, OUT04=0.5"; empty: 1."""
+    steps: str = ""
+    """When it acts on the UNet: "5-20", "0.2-0.8" of the steps, or factors, "1@0, 0.5@8"; empty: always."""
+
+    @field_validator("blocks")
+    @classmethod
+    def _known_blocks(cls, blocks: str) -> str:
+        return _parsed(parse_block_weights, blocks)
+
+    @field_validator("steps")
+    @classmethod
+    def _known_steps(cls, steps: str) -> str:
+        return _parsed(parse_step_weights, steps)
+
+
+def _parsed(parse: Callable[[str], object], text: str) -> str:
+    """Return the text; raises ValueError where `parse` does not understand it."""
+    if text:
+        parse(text)
+    return text
 
 
 class GenerationRequest(Section):
@@ -89,6 +113,10 @@ class UsedAdapter:
     """Whether it is nothing but new words."""
     text_encoder_weight: float | None = None
     """Its weight in the text encoders, where that is another one."""
+    blocks: str = ""
+    """What its weight was multiplied by in each block, as it was asked for."""
+    steps: str = ""
+    """When it acted, as it was asked for."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sdlora.adapters.blocks import BlockWeights, parse_block_weights
 from sdlora.adapters.file import read_adapter
 from sdlora.adapters.fit import refuse_other_family
 from sdlora.adapters.inject import act_in_rows, add_adapter, remove_adapter, set_adapter_weights
@@ -18,6 +19,7 @@ from sdlora.errors import ConfigError, FormatError
 from sdlora.families.base import LoadedBase, Words
 from sdlora.families.words import check_words, knowing, same_word
 from sdlora.generation.request import AdapterChoice, UsedAdapter
+from sdlora.generation.step_weights import StepWeights, parse_step_weights
 
 _ZERO_SNR = "ss_zero_terminal_snr"
 """In an adapter's metadata, here and of kohya's trainer: "True" where it was trained on the rescaled schedule."""
@@ -36,13 +38,38 @@ class _Resident:
 
 
 @dataclass(frozen=True)
+class UNetWeight:
+    """How strongly an adapter acts on the UNet, by block and step."""
+
+    weight: float
+    blocks: BlockWeights | None = None
+    steps: StepWeights | None = None
+
+    @staticmethod
+    def of(choice: AdapterChoice) -> UNetWeight:
+        """Return what was asked for."""
+        blocks = parse_block_weights(choice.blocks) if choice.blocks else None
+        return UNetWeight(choice.weight, blocks, parse_step_weights(choice.steps) if choice.steps else None)
+
+    def at(self, step: int, steps: int) -> UNetWeight:
+        """Return what it is at a step."""
+        if self.steps is None:
+            return self
+        return UNetWeight(self.weight * self.steps.at(step, steps), self.blocks)
+
+    def __call__(self, block: str) -> float:
+        """Return the strength in a block."""
+        return self.weight * (self.blocks.of(block) if self.blocks else 1.0)
+
+
+@dataclass(frozen=True)
 class Acting:
     """What acts in a picture."""
 
     used: tuple[UsedAdapter, ...]
     words: Words
     zero_snr: bool
-    unet: Mapping[str, float]
+    unet: Mapping[str, UNetWeight]
     """{name beside the base: weight}."""
     text_encoders: Mapping[str, float]
     """The same of those that change text encoders."""
@@ -65,6 +92,9 @@ class ResidentAdapters:
     def __init__(self, base: LoadedBase, live: Mapping[str, float], most: int) -> None:
         self._base = base
         self._live = dict(live)
+        self._live_weights = {name: UNetWeight(weight) for name, weight in live.items()}
+        self._rows: list[dict[str, UNetWeight]] | None = None
+        """What acts in the rows of a batch now; None: the same in all."""
         self._most = most
         self._resident: OrderedDict[tuple[str, int, int], _Resident] = OrderedDict()
         self._names_given = 0
@@ -85,38 +115,49 @@ class ResidentAdapters:
 
     @contextmanager
     def speaking(self, acting: Acting) -> Iterator[None]:
-        """Inside, prompts mean what the adapters of a picture make of them."""
-        set_adapter_weights(self._base, {**self._live, **acting.unet}, acting.text_encoders)
+        """Inside, prompts mean what the adapters of a picture make of them; on the UNet only the live ones act."""
+        self._rows = None
+        set_adapter_weights(self._base, self._live, acting.text_encoders)
         with knowing(self._base, acting.words):
             yield
 
-    def act(self, rows: Sequence[Acting]) -> None:
-        """In each row of the UNet's next batches, exactly the adapters of that row's picture act, and the live ones."""
-        act_in_rows(self._base, [{**self._live, **row.unet} for row in rows])
+    def act(self, rows: Sequence[Acting], step: int, steps: int) -> None:
+        """In each row of the UNet's next batch, exactly the adapters of that row's picture act, and the live ones."""
+        wanted = [{name: weight.at(step, steps) for name, weight in row.unet.items()} for row in rows]
+        if wanted != self._rows:
+            act_in_rows(self._base, [{**self._live_weights, **row} for row in wanted])
+            self._rows = wanted
 
     def rest(self) -> None:
         """Only the live ones act."""
+        self._rows = None
         set_adapter_weights(self._base, self._live)
 
     def _acting(self, mix: tuple[AdapterChoice, ...]) -> Acting:
         used: list[UsedAdapter] = []
         zero_snr = False
         words = dict(self._base.words)
-        unet, text_encoders = dict[str, float](), dict[str, float]()
+        unet, text_encoders = dict[str, UNetWeight](), dict[str, float]()
         for choice in mix:
             resident = self._load(Path(choice.path).expanduser())
             if resident.name in unet:
                 raise ConfigError(f"{choice.path}: the same adapter file is named twice; give it once")
             text = choice.weight if choice.text_encoder_weight is None else choice.text_encoder_weight
-            unet[resident.name] = choice.weight
+            unet[resident.name] = strength = UNetWeight.of(choice)
             if resident.text_layers:
-                text_encoders[resident.name] = text
+                text_encoders[resident.name] = text * (strength.blocks.text_encoders if strength.blocks else 1.0)
             if choice.weight != 0 or text != 0:
                 _join(words, resident.words, choice.path)
                 zero_snr |= resident.zero_snr
-            own = None if text == choice.weight else text
-            name = Path(choice.path).stem
-            used.append(replace(resident.used, name=name, weight=choice.weight, text_encoder_weight=own))
+            acted = replace(
+                resident.used,
+                name=Path(choice.path).stem,
+                weight=choice.weight,
+                text_encoder_weight=None if text == choice.weight else text,
+                blocks=choice.blocks,
+                steps=choice.steps,
+            )
+            used.append(acted)
         return Acting(tuple(used), words, zero_snr, unet, text_encoders)
 
     def _load(self, path: Path) -> _Resident:

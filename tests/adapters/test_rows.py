@@ -1,0 +1,97 @@
+"""Each row of a batch with adapters of its own, against the same rows made one by one."""
+
+from functools import partial
+
+import pytest
+import torch
+from adapter_kinds import KINDS, TUCKER, random_layer
+
+from sdlora.adapters.blocks import parse_block_weights
+from sdlora.adapters.file import AdapterFile
+from sdlora.adapters.inject import act_in_rows, adapters_off, add_adapter, remove_adapter, set_adapter_weights
+from sdlora.adapters.live import base_weight
+from sdlora.families.base import Conditioning, PictureSize
+
+PLACES = (
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+    "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    "mid_block.resnets.0.time_emb_proj",
+    "up_blocks.0.resnets.0.conv1",
+    "conv_in",
+)
+
+
+def make_file(base, kind: str, seed: int) -> AdapterFile:
+    layers = {}
+    for number, place in enumerate(PLACES):
+        shape = tuple(base_weight(base, f"unet.{place}").shape)
+        if kind not in TUCKER or shape[2:]:
+            layers[f"unet.{place}"] = random_layer(kind, shape, 100 * seed + number)
+    return AdapterFile(layers, base.family.name)
+
+
+def predict(base, rows: slice) -> torch.Tensor:
+    """What the UNet says of those of five rows."""
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(5, 4, 8, 8, generator=generator)[rows]
+    states = torch.randn(5, 77, base.unet.config.cross_attention_dim, generator=generator)[rows]
+    conditioning = Conditioning(states, torch.randn(5, 32, generator=generator)[rows])
+    sizes = [PictureSize((64, 64), (0, 0), (64, 64))] * len(latents)
+    with torch.no_grad():
+        return base.family.predict(base, latents, torch.tensor(500), conditioning, sizes)
+
+
+def same_everywhere(weight: float, block: str) -> float:
+    return weight
+
+
+def act(base, *rows: dict[str, float]) -> None:
+    act_in_rows(base, [{name: partial(same_everywhere, weight) for name, weight in row.items()} for row in rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_equals_the_row_alone(tiny_base, shape, kind):
+    base = tiny_base(shape)
+    for seed, name in enumerate("ab"):
+        add_adapter(base, name, make_file(base, kind, seed))
+    mixes = [{"a": 1.0}, {"a": 0.5, "b": -0.7}, {}, {"b": 1.0}, {"b": 1.0}]
+    alone = []
+    for number, mix in enumerate(mixes):
+        set_adapter_weights(base, mix)
+        alone.append(predict(base, slice(number, number + 1)))
+    act(base, *mixes)
+    together = predict(base, slice(5))
+    scale = max(1.0, float(torch.cat(alone).abs().max()))
+    assert (together - torch.cat(alone)).abs().max() < 1e-5 * scale
+    # and the adapters do something there that the bare base does not
+    set_adapter_weights(base, {})
+    changed = (together - predict(base, slice(5))).abs().amax((1, 2, 3)) > 1e-3
+    assert changed.tolist() == [True, True, False, True, True]
+
+
+def test_rows_end_with_the_next_weights_and_are_off_where_adapters_are(tiny_base):
+    base = tiny_base()
+    for seed, name in enumerate("ab"):
+        add_adapter(base, name, make_file(base, "lora", seed))
+    bare = predict(base, slice(2))
+    act(base, {"a": 1.0}, {"b": 1.0})
+    mixed = predict(base, slice(2))
+    with adapters_off(base):
+        assert torch.equal(predict(base, slice(2)), bare)
+    assert torch.equal(predict(base, slice(2)), mixed)
+    remove_adapter(base, "b")
+    assert torch.equal(predict(base, slice(2))[1], bare[1])
+    set_adapter_weights(base, {})
+    assert torch.equal(predict(base, slice(2)), bare)
+
+
+def test_a_weight_by_block_equals_an_adapter_without_the_layers_of_the_others(tiny_base, shape):
+    base = tiny_base(shape)
+    whole = make_file(base, "lora", 0)
+    mid = AdapterFile({path: layer for path, layer in whole.layers.items() if "mid_block" in path}, whole.family)
+    add_adapter(base, "whole", whole)
+    add_adapter(base, "mid", mid)
+    act_in_rows(base, [{"whole": parse_block_weights("IN=0, MID=1, OUT=0").of}])
+    by_block = predict(base, slice(1))
+    act(base, {"mid": 1.0})
+    assert torch.equal(by_block, predict(base, slice(1)))
