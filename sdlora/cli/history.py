@@ -7,10 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdlora.cli.adapter_output import add_json, progress
 from sdlora.errors import ConfigError
+from sdlora.storage import user_path
 
 if TYPE_CHECKING:
     from sdlora.generation.history_query import HistoryEntry
@@ -89,8 +91,8 @@ def _search(options: argparse.Namespace) -> int:
         print(text.encode(errors="replace").decode())
         return 0
     for entry in found:
-        print(_line(entry))
-    print(f"{len(found)} of the {history.count()} pictures in {history.folder}")
+        print(_line(entry, user_path(options.folder) / entry.path.relative_to(history.folder)))
+    print(f"{len(found)} of the {history.count()} pictures in {options.folder}")
     return 0
 
 
@@ -98,13 +100,13 @@ def _document(entry: HistoryEntry) -> dict[str, object]:
     return asdict(entry) | {"path": str(entry.path), "made": entry.made.isoformat(timespec="seconds")}
 
 
-def _line(entry: HistoryEntry) -> str:
+def _line(entry: HistoryEntry, shown_path: Path) -> str:
     stars = "*" * entry.stars + "." * (5 - entry.stars)
     prompt = " ".join(entry.prompt.split())
     shown = prompt if len(prompt) <= _LONGEST_PROMPT else f"{prompt[: _LONGEST_PROMPT - 3]}..."
     adapters = "".join(f" + {name}:{weight:g}" for name, weight in entry.adapters)
     seed = "?" if entry.seed is None else entry.seed
-    return f"{entry.made:%Y-%m-%d %H:%M}  {stars}  {entry.path}  seed {seed}  {shown}{adapters}"
+    return f"{entry.made:%Y-%m-%d %H:%M}  {stars}  {shown_path}  seed {seed}  {shown}{adapters}"
 
 
 def _rate(arguments: Sequence[str]) -> int:

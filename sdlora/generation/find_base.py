@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdlora.config import BaseSection
 from sdlora.errors import FormatError, ModelError
-from sdlora.families.detect import detect_base, family_of
+from sdlora.families.detect import BaseFacts, detect_base, family_of
 from sdlora.families.registry import base_sha256
 from sdlora.families.sources import find_base
 from sdlora.generation.request import Recipe
@@ -17,6 +17,7 @@ from sdlora.storage import remembered_sha256, user_path
 FindBase = Callable[[Recipe], BaseSection]
 """Return how the base of a recipe is loaded. Raises SdloraError where it is not there."""
 _VARIANTS = ("", "fp16")
+_LARGE_BYTES = 64 << 20
 OnBase = Callable[[Path], None]
 """Called before a base is hashed, which takes half a minute for the largest."""
 
@@ -68,15 +69,16 @@ def _hashes(path: Path, variant: str, on_base: OnBase | None) -> Iterator[tuple[
         except (ModelError, FormatError) as error:
             problems.append(error)
             continue
-        if on_base and not _known(path):
+        if on_base and _takes_long(facts):
             on_base(path)
         yield wanted, base_sha256(facts)
     if len(problems) == len(variants):
         raise problems[0]
 
 
-def _known(path: Path) -> bool:
-    return path.is_dir() or bool(remembered_sha256(path))
+def _takes_long(facts: BaseFacts) -> bool:
+    files = {file for found in facts.files.values() for file in found}
+    return any(file.stat().st_size >= _LARGE_BYTES and not remembered_sha256(file) for file in files)
 
 
 def _below(models: Path, recipe: Recipe) -> list[Path]:
@@ -86,8 +88,12 @@ def _below(models: Path, recipe: Recipe) -> list[Path]:
         raise FormatError(f"{folder}: there is no such folder; --models names the one that your bases are in")
     family = [path for path in _candidates(folder) if _is_of(path, recipe.base_family)]
     return sorted(
-        family, key=lambda path: (path.stem != recipe.base and path.name != recipe.base, not _known(path), str(path))
+        family, key=lambda path: (recipe.base not in (path.stem, path.name), not _is_remembered(path), str(path))
     )
+
+
+def _is_remembered(path: Path) -> bool:
+    return path.is_file() and bool(remembered_sha256(path))
 
 
 def _candidates(folder: Path) -> Iterator[Path]:

@@ -103,9 +103,9 @@ def selection(query: HistoryQuery) -> Selection:
 
 
 def _check(query: HistoryQuery) -> None:
-    for name, value in (("limit", query.limit), ("offset", query.offset)):
-        if value is not None and not (name == "offset") <= value + (name == "offset") <= _LARGEST:
-            raise ConfigError(f"{name} is {value}; expected {'0' if name == 'offset' else '1'} or more")
+    for name, value, lowest in (("limit", query.limit, 1), ("offset", query.offset, 0)):
+        if value is not None and not lowest <= value <= _LARGEST:
+            raise ConfigError(f"{name} is {value}; expected {lowest} or more")
     if query.rating is not None and not 0 <= query.rating <= 5:
         raise ConfigError(f"rating is {query.rating}; expected 1 to 5 stars, or 0 for none")
     if query.since and query.until and query.since > query.until:
