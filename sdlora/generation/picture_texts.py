@@ -49,7 +49,7 @@ def read_texts(path: Path) -> PictureTexts:
     """Return what a picture carries; its pixels are not decoded. Raises FormatError for what is no picture."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
-            texts = {key: value for key, value in picture.info.items() if isinstance(value, str)}
+            texts = {str(key): value for key, value in picture.info.items() if isinstance(value, str)}
             texts = _from_xmp(picture.info.get("xmp")) | _from_exif(picture) | texts
             size, kind = picture.size, picture.format or ""
     except (*PICTURE_DAMAGE, Image.DecompressionBombError) as error:
