@@ -40,6 +40,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/base_memory.py --out benchmarks/results
 	$(BIN)/python benchmarks/data.py --out benchmarks/results
 	$(BIN)/python benchmarks/buckets.py --out benchmarks/results
+	$(BIN)/python benchmarks/history.py --out benchmarks/results
 
 # Hours, on two cores; what was run already is kept in runs/ablation.
 ablation: $(VENV)/.installed

@@ -353,8 +353,7 @@ class GenerateTab:
         path, number = folder / f"{stem}.png", 2
         while path.exists():
             path, number = folder / f"{stem}-{number}.png", number + 1
-        sdlora.save_picture(picture.image, picture.recipe, path)
-        return path
+        return sdlora.save_picture(picture.image, picture.recipe, path)
 
     def _known_base_picture(self, request: sdlora.GenerationRequest) -> Path | None:
         """Return the base's picture of an earlier comparison: only the adapter has changed since."""

@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from sdlora.families.registry import detect_family, load_base
     from sdlora.families.stored_base import StoredBase, open_base
     from sdlora.generation.engine import Engine
+    from sdlora.generation.foreign import ForeignRecipe, foreign_request, read_foreign
+    from sdlora.generation.history import History
+    from sdlora.generation.infotext import parse_infotext
     from sdlora.generation.pictures import read_recipe, save_picture
+    from sdlora.generation.replay import replay
     from sdlora.generation.request import GenerationRequest, Recipe, make_request
     from sdlora.training.run import RunResult, train
 
@@ -46,7 +50,9 @@ _HOMES = {
     "Dataset": "sdlora.data.source",
     "Engine": "sdlora.generation.engine",
     "ExtractSettings": "sdlora.adapters.extract",
+    "ForeignRecipe": "sdlora.generation.foreign",
     "GenerationRequest": "sdlora.generation.request",
+    "History": "sdlora.generation.history",
     "LoadedBase": "sdlora.families.base",
     "LoraLayer": "sdlora.adapters.layers",
     "MergePart": "sdlora.adapters.merge",
@@ -61,6 +67,7 @@ _HOMES = {
     "convert_adapter": "sdlora.adapters.convert",
     "detect_family": "sdlora.families.registry",
     "extract": "sdlora.adapters.extract",
+    "foreign_request": "sdlora.generation.foreign",
     "inspect_adapter": "sdlora.adapters.inspect",
     "load_base": "sdlora.families.registry",
     "load_config": "sdlora.config",
@@ -70,8 +77,11 @@ _HOMES = {
     "open_base": "sdlora.families.stored_base",
     "open_dataset": "sdlora.data.source",
     "parse_config": "sdlora.config",
+    "parse_infotext": "sdlora.generation.infotext",
     "read_adapter": "sdlora.adapters.file",
+    "read_foreign": "sdlora.generation.foreign",
     "read_recipe": "sdlora.generation.pictures",
+    "replay": "sdlora.generation.replay",
     "resize": "sdlora.adapters.resize",
     "save_picture": "sdlora.generation.pictures",
     "train": "sdlora.training.run",
@@ -85,7 +95,9 @@ __all__ = [
     "Dataset",
     "Engine",
     "ExtractSettings",
+    "ForeignRecipe",
     "GenerationRequest",
+    "History",
     "LoadedBase",
     "LoraLayer",
     "MergePart",
@@ -100,6 +112,7 @@ __all__ = [
     "convert_adapter",
     "detect_family",
     "extract",
+    "foreign_request",
     "inspect_adapter",
     "load_base",
     "load_config",
@@ -109,8 +122,11 @@ __all__ = [
     "open_base",
     "open_dataset",
     "parse_config",
+    "parse_infotext",
     "read_adapter",
+    "read_foreign",
     "read_recipe",
+    "replay",
     "resize",
     "save_picture",
     "train",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -41,6 +42,49 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The data reach the disk before the rename, so a crash leaves the old file or the new one, never a
     part. Raises OutputError where the folder cannot be written.
     """
+    with _beside(path) as temporary:
+        yield temporary
+        _finish(temporary)
+        temporary.replace(path)
+
+
+def write_new(path: Path, write: Callable[[Path], None]) -> Path:
+    """Return the new file of what `write` put into the one that it was given: `path`, or NAME-2, NAME-3 where that is taken.
+
+    What others put there at the same moment is not replaced either. The data reach the disk before the file has its name.
+    Raises OutputError where the folder cannot be written.
+    """
+    with _beside(path) as temporary:
+        write(temporary)
+        _finish(temporary)
+        for number in itertools.count(1):
+            target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+            try:
+                _link(temporary, target)
+            except FileExistsError:
+                continue
+            return target
+    raise AssertionError("numbers do not end")
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """What lies at `temporary` lies at `target` too, or there alone. Raises FileExistsError where something is there."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links, such as a memory card's
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # the name is ours
+        try:
+            temporary.replace(target)
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield an empty file in the folder of `path`, which is gone afterwards. Raises OutputError for what the system refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A short prefix: the temporary name must not exceed the length that `path` itself may have.
@@ -51,14 +95,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes private files; results are ordinary ones
-        temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _finish(temporary: Path) -> None:
+    """What was written is on the disk, in a file as others are."""
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.chmod(0o644)  # mkstemp makes private files; results are ordinary ones
 
 
 @contextmanager

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import get_args
 
-from sdlora import Engine, make_request, save_picture
+from sdlora import Engine, History, make_request, save_picture
 from sdlora.cli.base_flags import add_base_flags, base_section
 from sdlora.errors import ConfigError
 from sdlora.generation.engine import refuse_foreign_adapters
-from sdlora.generation.pictures import picture_name
+from sdlora.generation.picture_names import DEFAULT_TEMPLATE, FIELDS, check_template, picture_path
+from sdlora.generation.pictures import check_compression
 from sdlora.generation.prompt_plan import Emphases
 from sdlora.generation.request import GenerationRequest
 from sdlora.sharing.library import AdapterLibrary
@@ -38,6 +39,8 @@ def run(arguments: list[str]) -> int:
     )
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}; expected 1 or more")
+    check_template(options.name)
+    check_compression(f".{options.format}", options.quality, options.lossless)
     folder = Path(options.out).expanduser()
     check_writable(folder)
     return _generate(options, request, folder)
@@ -50,10 +53,12 @@ def _generate(options: argparse.Namespace, request: GenerationRequest, folder: P
     for note in engine.base.notes:
         print(f"note: {note}", file=sys.stderr)
     before = engine.weights_sha256() if options.verify else ""
+    history, suffix = History(folder), f".{options.format}"
     started = time.perf_counter()
     for number, (picture, recipe) in enumerate(engine.generate(request, batch_size=options.batch_size), start=1):
-        path = folder / picture_name(recipe)
-        save_picture(picture, recipe, path)
+        name = picture_path(recipe, options.name, number=number, suffix=suffix)
+        path = save_picture(picture, recipe, folder / name, quality=options.quality, lossless=options.lossless)
+        history.add(path, recipe)
         rate = (time.perf_counter() - started) / number
         print(f"{path}  ({number} of {request.count}, {rate:.2f} s a picture)", flush=True)
     if options.verify:
@@ -104,7 +109,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--wildcards", default="", metavar="FOLDER", help=fields["wildcards"])
     parser.add_argument("--width", type=int, default=0, help=fields["width"])
     parser.add_argument("--height", type=int, default=0, help=fields["height"])
-    parser.add_argument("--out", default="outputs", help="folder for the PNG files (default: outputs)")
+    parser.add_argument("--out", default="outputs", help="folder for the pictures (default: outputs)")
+    parser.add_argument(
+        "--name",
+        default=DEFAULT_TEMPLATE,
+        metavar="TEMPLATE",
+        help=f"way to each file below that folder; fields are {', '.join(f'{{{field}}}' for field in FIELDS)} "
+        f"(default: {DEFAULT_TEMPLATE})",
+    )
+    parser.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="png keeps every bit")
+    parser.add_argument("--quality", type=int, default=None, help="of jpg and webp, 1 to 100 (default: 90)")
+    parser.add_argument("--lossless", action="store_true", help="a webp that keeps every bit")
     parser.add_argument(
         "--batch-size", type=int, default=1, help="pictures made at once; 1 makes each exactly repeatable alone"
     )

@@ -15,6 +15,8 @@ from sdlora.quiet import quiet_libraries
 COMMANDS = {
     "train": "train an adapter on a folder of pictures",
     "generate": "make pictures, with or without adapters",
+    "replay": "make a picture again from its recipe, and compare",
+    "history": "find pictures by what made them, and rate them",
     "app": "open the web page",
     "dataset": "check pictures before a run, write captions, see to the cache",
     "adapter": "adapter files: list, inspect, convert, verify, merge, extract, resize, share, fetch",

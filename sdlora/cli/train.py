@@ -147,7 +147,7 @@ def make_previews(base: LoadedBase, adapter: str, samples: SamplesSection, folde
         )
         for picture, recipe in engine.generate(request):
             path = folder / f"{number:02d}.png"
-            save_picture(picture, recipe, path)
+            save_picture(picture, recipe, path, replace=True)
             paths.append(path)
     return paths
 
@@ -168,4 +168,4 @@ def make_class_pictures(
             height=side,
         )
         for picture, recipe in engine.generate(request):
-            save_picture(picture, recipe, path)
+            save_picture(picture, recipe, path, replace=True)

@@ -83,10 +83,9 @@ def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtyp
     weights = stored_weights(section, facts)
     if facts.path.is_file():
         tokenizers = checkpoint_tokenizers(section, family, facts.path, weights.configs)
-        digest = cached_sha256(facts.path)
     else:
         tokenizers = folder_tokenizers(facts.path, family)
-        digest = _folder_sha256(facts.path, [file for files in facts.files.values() for file in files])
+    digest = base_sha256(facts)
     unet = skeleton(UNet2DConditionModel, weights, "unet")
 
     def fill_unet() -> None:
@@ -256,6 +255,13 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32
+
+
+def base_sha256(facts: BaseFacts) -> str:
+    """Return the SHA-256 by which recipes name a base: of a checkpoint's file, or of a folder's weight files."""
+    if facts.path.is_file():
+        return cached_sha256(facts.path)
+    return _folder_sha256(facts.path, [file for files in facts.files.values() for file in files])
 
 
 def _folder_sha256(folder: Path, files: Sequence[Path]) -> str:

@@ -1,91 +1,135 @@
-"""PNG files that carry their recipe, as sdlora's JSON and as the line other programs read."""
+"""Picture files that carry their recipe, as sdlora's JSON and as the line other programs read."""
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdlora.errors import FormatError
-from sdlora.generation.request import Recipe, UsedAdapter
-from sdlora.storage import atomic_path
+from sdlora.errors import ConfigError, FormatError, OutputError, first_line
+from sdlora.generation.infotext import infotext
+from sdlora.generation.picture_names import DEFAULT_TEMPLATE, picture_path
+from sdlora.generation.picture_texts import INFOTEXT, RECIPE, SAVED_AS, exif_with, read_texts, xmp_with
+from sdlora.generation.request import Recipe
+from sdlora.storage import atomic_path, user_path, write_new
 
-RECIPE_KEY = "sdlora"
-INFOTEXT_KEY = "parameters"
-_EMPHASES = {"no norm": "No norm", "ignore": "Ignore", "none": "None"}
-"""As AUTOMATIC1111 calls them."""
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+DEFAULT_QUALITY = 90
+_LONGEST_METADATA = "the prompt is too long for a JPEG, which holds 64 KB of text; save as PNG or WebP"
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a JPEG or WebP is compressed; a PNG always keeps every bit."""
+
+    quality: int = DEFAULT_QUALITY
+    lossless: bool = False
 
 
 def png_info(recipe: Recipe) -> PngInfo:
     """Return the text chunks of a picture: key "sdlora" the recipe as JSON, key "parameters" the infotext."""
     info = PngInfo()
-    info.add_itxt(INFOTEXT_KEY, infotext(recipe))
-    info.add_itxt(RECIPE_KEY, recipe.to_json())
+    info.add_itxt(INFOTEXT, _sound(infotext(recipe)))
+    info.add_itxt(RECIPE, _sound(recipe.to_json()))
     return info
 
 
-def save_picture(picture: Image.Image, recipe: Recipe, path: Path) -> None:
-    """`path` is a PNG of the picture with its recipe inside. Raises OutputError."""
+def save_picture(
+    picture: Image.Image,
+    recipe: Recipe,
+    path: Path | str,
+    *,
+    quality: int | None = None,
+    lossless: bool = False,
+    replace: bool = False,
+) -> Path:
+    """Return the file that holds the picture with its recipe inside, in the format of the path's suffix.
+
+    It is `path`, or NAME-2, NAME-3 where that is taken: nothing is overwritten, unless `replace` says so. `quality`, 1 to
+    100, is of JPEG and WebP (90), `lossless` of WebP. Raises ConfigError for a suffix or quality that is none, OutputError
+    where the file cannot be written.
+    """
+    path = user_path(path)
+    compression = check_compression(path.suffix, quality, lossless)
+    save = partial(_save, picture, recipe, SUFFIXES[path.suffix.lower()], compression)
+    if not replace:
+        return write_new(path, lambda temporary: _explained(save, temporary, path))
     with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=png_info(recipe))
+        _explained(save, temporary, path)
+    return path
 
 
-def read_recipe(path: Path) -> Recipe:
+def check_compression(suffix: str, quality: int | None, lossless: bool) -> Compression:
+    """Return how a picture of that suffix is compressed. Raises ConfigError for what makes no sense."""
+    kind = SUFFIXES.get(suffix.lower())
+    if kind is None:
+        raise ConfigError(
+            f"pictures are saved as .png, .jpg, .jpeg or .webp, not as {suffix[:20] or 'a name without suffix'!r}"
+        )
+    if quality is not None and not 1 <= quality <= 100:
+        raise ConfigError(f"quality is {quality}; expected 1 to 100")
+    if quality is not None and kind == "PNG":
+        raise ConfigError("quality is for jpg and webp; a png keeps every bit")
+    if lossless and kind == "JPEG":
+        raise ConfigError("a jpg cannot be lossless; choose png or webp")
+    return Compression(DEFAULT_QUALITY if quality is None else quality, lossless or kind == "PNG")
+
+
+def read_recipe(path: Path | str) -> Recipe:
     """Return the recipe of a picture that sdlora made. Raises FormatError where there is none."""
-    try:
-        with Image.open(path) as picture:
-            text = picture.info.get(RECIPE_KEY)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FormatError(f"{path}: cannot be read as a picture ({error})") from error
-    if not isinstance(text, str):
+    text = read_texts(user_path(path)).texts.get(RECIPE)
+    if text is None:
         raise FormatError(f"{path}: carries no sdlora recipe")
-    return Recipe.from_json(text)
+    try:
+        return Recipe.from_json(text)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
 
 
 def picture_name(recipe: Recipe) -> str:
     """Return a file name that tells seed and prompt: "00042-a-red-ball.png"."""
-    words = re.sub(r"[^\w]+", "-", recipe.prompt.lower()).strip("-")[:60].rstrip("-")
-    return f"{recipe.seed:05d}-{words or 'picture'}.png"
+    return picture_path(recipe, DEFAULT_TEMPLATE).name
 
 
-def infotext(recipe: Recipe) -> str:
-    """Return the text that AUTOMATIC1111 and its relatives write and read under "parameters"."""
-    fields: dict[str, str] = {
-        "Steps": str(recipe.steps),
-        "Sampler": recipe.scheduler,
-        "CFG scale": f"{recipe.guidance_scale:g}",
-        "Seed": str(recipe.seed),
-        "Size": f"{recipe.width}x{recipe.height}",
-        "Model hash": recipe.base_sha256[:10],
-        "Model": recipe.base,
-        "RNG": recipe.noise_device.upper(),
-    }
-    if recipe.clip_skip > 1:
-        fields["Clip skip"] = str(recipe.clip_skip)
-    if recipe.emphasis != "original":
-        fields["Emphasis"] = _EMPHASES.get(recipe.emphasis, recipe.emphasis)
-    loras = [item for item in recipe.adapters if not item.embedding]  # an embedding acts by its word in the prompt
-    if loras:
-        hashes = [f"{re.sub('[:,]', '', item.name)}: {item.tensor_sha256[:12]}" for item in loras]
-        fields["Lora hashes"] = ", ".join(hashes)
-    fields["Version"] = f"sdlora {recipe.versions.get('sdlora', '')}".strip()
-    tags = "".join(f" <lora:{item.name}:{_weights(item)}>" for item in loras)
-    lines = [recipe.prompt + tags]
-    if recipe.negative_prompt:
-        lines.append(f"Negative prompt: {recipe.negative_prompt}")
-    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items()))
-    return "\n".join(lines)
+# --- formats -----------------------------------------------------------------------------------------
 
 
-def _weights(item: UsedAdapter) -> str:
-    """Return an adapter's weights as in its tag: one for all, or those of text encoders and UNet; blocks and steps."""
-    alike = item.text_encoder_weight in (None, item.weight)
-    weights = f"{item.weight:g}" if alike else f"{item.text_encoder_weight:g}:{item.weight:g}"
-    return weights + (f":lbw={item.blocks}" if item.blocks else "") + (f":step={item.steps}" if item.steps else "")
+def pixel_options(kind: str, compression: Compression) -> dict[str, Any]:
+    """Return what Pillow is told so that the pixels are compressed so."""
+    if kind == "JPEG":  # colours are kept as fine as brightness, or edges of saturated shapes fray
+        return {"quality": compression.quality, "subsampling": "4:4:4"}
+    if kind == "WEBP":
+        return {"quality": compression.quality, "lossless": compression.lossless}
+    return {}
 
 
-def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
+def _save(picture: Image.Image, recipe: Recipe, kind: str, compression: Compression, path: Path) -> None:
+    if kind == "PNG":
+        picture.save(path, format=kind, pnginfo=png_info(recipe))
+        return
+    # ASCII, since not every program that carries XMP on understands its encoding.
+    texts = {RECIPE: json.dumps(json.loads(recipe.to_json()), sort_keys=True)}
+    if not compression.lossless:
+        texts[SAVED_AS] = json.dumps(asdict(compression))
+    options = pixel_options(kind, compression)
+    picture.save(path, format=kind, exif=exif_with(infotext(recipe)), xmp=xmp_with(texts), **options)
+
+
+def _explained(save: Callable[[Path], None], temporary: Path, path: Path) -> None:
+    """`save` is done, and what Pillow says of it is a sentence of ours."""
+    try:
+        save(temporary)
+    except ValueError as error:
+        told = _LONGEST_METADATA if "too long" in str(error) else first_line(error)
+        raise OutputError(f"{path}: cannot be written ({told})") from error
+
+
+def _sound(text: str) -> str:
+    """Return the text with ? in place of halves of characters, which a command line may hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from sdlora.adapters.blocks import parse_block_weights
 from sdlora.config import Section, validated
@@ -157,7 +157,25 @@ class Recipe:
         """Return the recipe that `to_json` wrote. Raises FormatError for anything else."""
         try:
             values = json.loads(text)
-            adapters = tuple(UsedAdapter(**item) for item in values.pop("adapters"))
-            return Recipe(**values, adapters=adapters)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            recipe = _RECIPE.validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise FormatError(f"not a recipe of sdlora ({where}: {first['msg'].lower()})") from error
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"not a recipe of sdlora ({error})") from error
+        newer = _unknown(Recipe, values).union(*(_unknown(UsedAdapter, item) for item in values["adapters"]))
+        if newer:
+            raise FormatError(
+                f"this recipe, of sdlora {recipe.versions.get('sdlora', 'unknown')[:40]}, says {min(newer)[:40]!r}, which "
+                "this version does not know; use that version or a newer one"
+            )
+        return recipe
+
+
+_RECIPE = TypeAdapter(Recipe)
+
+
+def _unknown(kind: type[Any], values: dict[str, Any]) -> set[str]:
+    """Return the keys for which a dataclass has no field."""
+    return values.keys() - {item.name for item in fields(kind)}

@@ -70,7 +70,7 @@ def expand_wildcards(text: str, seed: int, wildcards: Wildcards = NO_WILDCARDS) 
 
     {a|b} is one of them, {3::a|b} the first three times as often, {2$$a|b|c} two different ones joined by ", ",
     {1-2$$ and $$a|b} one or two joined by " and "; __colours__ is a line of that file, {2$$__colours__} are two
-    different ones. Choices may hold choices. Braces without "|" are text.
+    different ones. Choices may hold choices. Braces without "|" are text, and so are \\{ and \\}.
     """
     return _Expansion(seed, wildcards).expand(text, 0)
 
@@ -158,6 +158,8 @@ def _braces(text: str) -> Iterator[tuple[int, int]]:
     opened: list[int] = []
     closed: list[tuple[int, int]] = []
     for place, character in enumerate(text):
+        if _escaped(text, place):
+            continue
         if character == "{":
             opened.append(place)
         elif character == "}" and opened:
@@ -168,13 +170,22 @@ def _braces(text: str) -> Iterator[tuple[int, int]]:
     yield from closed
 
 
+def _escaped(text: str, place: int) -> bool:
+    """Return whether a brace is a bare character, which a backslash before it makes it."""
+    start = place
+    while start and text[start - 1] == "\\" and text[place] in "{}":
+        start -= 1
+    return (place - start) % 2 == 1
+
+
 def _split(text: str) -> list[str]:
     """Return the text in parts between those "|" that stand in no further brackets, as those of [a|b] do."""
     parts, start, braces, squares = [], 0, 0, 0
     square_pairs = len(_OPEN.findall(text)) == len(_CLOSE.findall(text))  # a lone one is text
     for place, character in enumerate(text):
         escaped = place > 0 and text[place - 1] == "\\"
-        braces += (character == "{") - (character == "}")
+        if not _escaped(text, place):
+            braces += (character == "{") - (character == "}")
         if square_pairs and not escaped:
             squares = max(0, squares + (character == "[") - (character == "]"))
         if character == "|" and not braces and not squares:

@@ -107,7 +107,7 @@ def test_train_then_generate(settings: dict[str, Any], tmp_path: Path, capsys: p
     status = cli.main(["generate", *base, "--adapter", f"{adapter}:0.5", "--prompt", "a zorb, shiny", "--verify"])
     assert status == 0
     assert "base weights unchanged" in capsys.readouterr().out
-    names = sorted(path.name for path in out.iterdir())
+    names = sorted(path.name for path in out.glob("*.png"))
     assert names == ["00005-a-zorb-shiny.png", "00006-a-zorb-shiny.png"]
     recipe = read_recipe(out / names[1])
     assert recipe.seed == 6 and recipe.adapters[0].weight == 0.5

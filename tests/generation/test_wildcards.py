@@ -136,3 +136,21 @@ def test_anything_at_all_expands():
         assert isinstance(expand_wildcards(piece * 8000, 1, FILES), str)
     for text in ("{" + "9" * 8000 + "$$a|b}", "{" + "9" * 8000 + "x$$a|b}", "{" + "9" * 400 + "::a|b}"):
         assert isinstance(expand_wildcards(text, 1, FILES), str)
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        (r"a \{b|c\}", r"a \{b|c\}"),
+        (r"a \{b|c}", r"a \{b|c}"),
+        (r"{x \{b\}}", r"{x \{b\}}"),
+        (r"{0::x|\{b|0::y}", r"\{b"),
+        (r"{0::x|y\}|0::z}", r"y\}"),
+    ],
+)
+def test_braces_behind_a_backslash_are_bare(text, made):
+    assert {expand_wildcards(text, seed) for seed in range(20)} == {made}
+
+
+def test_a_backslash_behind_a_backslash_makes_nothing_bare():
+    assert {expand_wildcards(r"\\{b|c}", seed) for seed in range(20)} == {r"\\b", r"\\c"}
