@@ -214,8 +214,8 @@ def test_a_recipe_of_a_newer_version_is_refused_by_name(picture, recipe):
     text = recipe.to_json().replace('"seed": 41', '"seed": 41, "tiling": true').replace("0.1.0", "9.9")
     with pytest.raises(FormatError, match=r"of sdlora 9\.9, says 'tiling', which this version does not know"):
         Recipe.from_json(text)
-    inner = recipe.to_json().replace('"weight": 0.8', '"weight": 0.8, "blocks": []')
-    with pytest.raises(FormatError, match="says 'blocks'"):
+    inner = recipe.to_json().replace('"weight": 0.8', '"weight": 0.8, "masks": []')
+    with pytest.raises(FormatError, match="says 'masks'"):
         Recipe.from_json(inner)
 
 
