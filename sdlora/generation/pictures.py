@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import FormatError
 from sdlora.generation.request import Recipe, UsedAdapter
+from sdlora.generation.start_fields import start_fields
 from sdlora.storage import atomic_path
 
 RECIPE_KEY = "sdlora"
@@ -63,6 +64,7 @@ def infotext(recipe: Recipe) -> str:
         "Model": recipe.base,
         "RNG": recipe.noise_device.upper(),
     }
+    fields |= start_fields(recipe)
     if recipe.clip_skip > 1:
         fields["Clip skip"] = str(recipe.clip_skip)
     if recipe.emphasis != "original":
