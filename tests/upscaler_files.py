@@ -17,7 +17,7 @@ def rrdb_tensors(
     tensors: dict[str, torch.Tensor] = {}
 
     def conv(name: str, inside: int, out: int) -> None:
-        tensors[f"{name}.weight"] = torch.randn(out, inside, 3, 3, generator=generator) * (0.5 / (9 * inside) ** 0.5)
+        tensors[f"{name}.weight"] = torch.randn(out, inside, 3, 3, generator=generator) * (1.2 / (9 * inside) ** 0.5)
         tensors[f"{name}.bias"] = torch.randn(out, generator=generator) * 0.02 + (0.5 if name == "conv_last" else 0)
 
     conv("conv_first", channels, features)

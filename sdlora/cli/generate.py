@@ -10,7 +10,10 @@ from typing import get_args
 
 from sdlora import Engine, make_request, save_picture
 from sdlora.cli.base_flags import add_base_flags, base_section
+from sdlora.cli.generate_view import step_bar
+from sdlora.cli.picture_flags import add_picture_flags, picture_settings
 from sdlora.errors import ConfigError
+from sdlora.generation.asked import check_pictures
 from sdlora.generation.engine import refuse_foreign_adapters
 from sdlora.generation.pictures import picture_name
 from sdlora.generation.prompt_plan import Emphases
@@ -35,7 +38,9 @@ def run(arguments: list[str]) -> int:
         width=options.width,
         height=options.height,
         adapters=[parse_adapter(text) for text in options.adapter],
+        **picture_settings(options),
     )
+    check_pictures(request)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}; expected 1 or more")
     folder = Path(options.out).expanduser()
@@ -51,11 +56,15 @@ def _generate(options: argparse.Namespace, request: GenerationRequest, folder: P
         print(f"note: {note}", file=sys.stderr)
     before = engine.weights_sha256() if options.verify else ""
     started = time.perf_counter()
-    for number, (picture, recipe) in enumerate(engine.generate(request, batch_size=options.batch_size), start=1):
-        path = folder / picture_name(recipe)
-        save_picture(picture, recipe, path)
-        rate = (time.perf_counter() - started) / number
-        print(f"{path}  ({number} of {request.count}, {rate:.2f} s a picture)", flush=True)
+    with step_bar() as on_step:
+        pictures = engine.generate(request, batch_size=options.batch_size, on_step=on_step)
+        for number, (picture, recipe) in enumerate(pictures, start=1):
+            path = folder / picture_name(recipe)
+            save_picture(picture, recipe, path)
+            rate = (time.perf_counter() - started) / number
+            print(f"{path}  ({number} of {request.count}, {rate:.2f} s a picture)", flush=True)
+            for note in recipe.notes:
+                print(f"note: {note}", file=sys.stderr)
     if options.verify:
         unchanged = engine.weights_sha256() == before
         print(f"base weights {'unchanged' if unchanged else 'CHANGED'}: {before}")
@@ -104,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--wildcards", default="", metavar="FOLDER", help=fields["wildcards"])
     parser.add_argument("--width", type=int, default=0, help=fields["width"])
     parser.add_argument("--height", type=int, default=0, help=fields["height"])
+    add_picture_flags(parser)
     parser.add_argument("--out", default="outputs", help="folder for the PNG files (default: outputs)")
     parser.add_argument(
         "--batch-size", type=int, default=1, help="pictures made at once; 1 makes each exactly repeatable alone"

@@ -48,6 +48,12 @@ class Asked:
         return work_size(self.request, self.source.size if self.source else None, base.resolution)
 
 
+def check_pictures(request: GenerationRequest) -> None:
+    """Raise DataError, FormatError or ConfigError for a picture, mask or upscaler that cannot be used, before a base is loaded."""
+    read_source(request)
+    read_hires(request)
+
+
 def asked_pictures(request: GenerationRequest, number: int, find_adapter: FindAdapter | None) -> Iterator[Asked]:
     """Yield the pictures of a request in the order of their seeds.
 

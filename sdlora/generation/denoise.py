@@ -19,7 +19,7 @@ Act = Callable[[Sequence[int]], None]
 """Called with the number of the picture that each row of the UNet's next batches belongs to."""
 
 
-class Guidance(Protocol):
+class PromptRows(Protocol):
     """What a batch of pictures is guided by."""
 
     @property
@@ -39,7 +39,7 @@ class Guidance(Protocol):
 def denoise(
     base: LoadedBase,
     scheduler: Any,
-    encoded: Guidance,
+    encoded: PromptRows,
     generators: Sequence[torch.Generator],
     guidance_scales: Sequence[float],
     *,

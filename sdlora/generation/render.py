@@ -15,7 +15,7 @@ from sdlora.families.base import LoadedBase, PromptStyle, autocast
 from sdlora.families.latent import sampler
 from sdlora.families.schedule import ends_in_pure_noise, zero_snr_sampler
 from sdlora.generation.asked import Asked
-from sdlora.generation.denoise import AfterStep, Guidance, denoise
+from sdlora.generation.denoise import AfterStep, PromptRows, denoise
 from sdlora.generation.encoded import EncodedPrompts
 from sdlora.generation.inpaint import Canvas, canvas_of
 from sdlora.generation.prompt_plan import encoder_emphasis
@@ -76,11 +76,11 @@ class Renderer:
         generators = [torch.Generator().manual_seed(asked.seed) for asked in batch]
         counts = self._step_counts(scheduler, batch[0])
 
-        def one_pass(guidance: Guidance, number: int, start: Start | None) -> torch.Tensor:
+        def one_pass(prompts: PromptRows, number: int, start: Start | None) -> torch.Tensor:
             return denoise(
                 self._base,
                 scheduler,
-                guidance,
+                prompts,
                 generators,
                 [asked.request.guidance_scale for asked in batch],
                 width=size[0],

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from sdlora.families.base import Conditioning, LoadedBase
-from sdlora.generation.denoise import Guidance
+from sdlora.generation.denoise import PromptRows
 from sdlora.generation.encoded import Guide
 from sdlora.generation.hires import Hires
 from sdlora.generation.request import LATENT_UPSCALERS
@@ -46,21 +46,21 @@ def _enlarged(picture: Image.Image, upscaler: str, size: tuple[int, int], device
 
 
 class AtTheEnd:
-    """Guidance that is at each step what it is at the last one of a plan: in a second pass nothing changes any more."""
+    """Prompts that are at each step what they are at the last one of a plan: in a second pass nothing changes any more."""
 
-    def __init__(self, guidance: Guidance, steps: int) -> None:
-        self._guidance = guidance
+    def __init__(self, prompts: PromptRows, steps: int) -> None:
+        self._prompts = prompts
         self._steps = steps
 
     @property
     def dtype(self) -> torch.dtype:
         """What the latents are computed in."""
-        return self._guidance.dtype
+        return self._prompts.dtype
 
     def guides(self, step: int, guided: bool) -> list[Guide]:
         """Return the rows of the UNet's batch."""
-        return self._guidance.guides(self._steps, guided)
+        return self._prompts.guides(self._steps, guided)
 
     def rows(self, guides: Sequence[Guide]) -> Conditioning:
         """Return their conditioning."""
-        return self._guidance.rows(guides)
+        return self._prompts.rows(guides)

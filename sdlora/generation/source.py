@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from PIL import Image
@@ -48,8 +49,8 @@ def read_source(request: GenerationRequest) -> Source | None:
     """
     if not request.image:
         return None
-    path = user_path(request.image)
-    header = read_header(path)
+    path, *_ = _state(request.image)
+    header = read_header(Path(path))
     source = Source(request, header.size, _used(request))
     _check_size(request, source.size)
     assert source.picture.size == header.size
@@ -111,11 +112,8 @@ def _used(request: GenerationRequest) -> UsedStart:
 
 
 def _used_picture(path: str) -> UsedPicture:
-    file = user_path(path)
-    try:
-        return UsedPicture(file.name, sha256_of_file(file))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name a picture file") from error
+    file, *_ = _state(path)
+    return UsedPicture(Path(file).name, sha256_of_file(Path(file)))
 
 
 _State = tuple[str, int, int]
@@ -126,8 +124,11 @@ def _state(path: str) -> _State:
     file = user_path(path)
     try:
         state = file.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name a picture file") from error
+    except (OSError, ValueError) as error:  # a zero byte is no OSError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path}: cannot be read ({reason}); name a picture file") from error
+    if not S_ISREG(state.st_mode):
+        raise DataError(f"{path}: is no file; name a picture file")
     return str(file), state.st_mtime_ns, state.st_size
 
 
