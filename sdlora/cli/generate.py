@@ -51,7 +51,14 @@ def run(arguments: list[str]) -> int:
 def _generate(options: argparse.Namespace, request: GenerationRequest, folder: Path) -> int:
     base = base_section(options)
     refuse_foreign_adapters(base, [choice.path for choice in request.adapters])
-    engine = Engine(base, device=options.device, find_adapter=AdapterLibrary(options.library).path_of)
+    engine = Engine(
+        base,
+        device=options.device,
+        find_adapter=AdapterLibrary(options.library).path_of,
+        offload=options.offload,
+        channels_last=options.channels_last,
+        compile=options.compile,
+    )
     for note in engine.base.notes:
         print(f"note: {note}", file=sys.stderr)
     before = engine.weights_sha256() if options.verify else ""
@@ -117,6 +124,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="outputs", help="folder for the PNG files (default: outputs)")
     parser.add_argument(
         "--batch-size", type=int, default=1, help="pictures made at once; 1 makes each exactly repeatable alone"
+    )
+    parser.add_argument(
+        "--offload",
+        choices=("none", "model"),
+        default="none",
+        help="model: text encoders, UNet and VAE are on the GPU only while they work",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="lay the weights of convolutions as GPUs read them best"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the UNet for each size; for many pictures without adapters"
     )
     parser.add_argument("--verify", action="store_true", help="prove by hash that the base weights did not change")
     return parser

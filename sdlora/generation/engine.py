@@ -14,10 +14,10 @@ from sdlora.config import BaseSection
 from sdlora.errors import GenerationError
 from sdlora.families.base import LoadedBase
 from sdlora.families.detect import family_of
-from sdlora.families.registry import load_base
 from sdlora.families.sources import find_base
 from sdlora.generation.asked import Asked, FindAdapter, asked_pictures
 from sdlora.generation.batches import Made, in_order, regrouped, split_alike
+from sdlora.generation.memory import CompiledUnet, Offload, Placement, lay_channels_last, load_for
 from sdlora.generation.progress import OnStep, ShouldStop, StepProgress, Watch
 from sdlora.generation.render import Renderer
 from sdlora.generation.request import GenerationRequest, Recipe
@@ -48,6 +48,9 @@ class Engine:
     the one being trained; new words that the base knows stay known too. `find_adapter` returns the file of the
     adapter that a prompt calls <lora:NAME>, or raises SdloraError. Of adapters loaded from files, the
     `resident_adapters` used last stay in memory. Base weights are never written.
+
+    With `offload` "model" text encoders, UNet and VAE are on the device only while they work. `channels_last` lays weights of
+    convolutions as GPUs read them best. `compile` compiles the UNet for each size, for pictures without adapters.
     """
 
     def __init__(
@@ -58,13 +61,22 @@ class Engine:
         live_adapters: Mapping[str, float] | None = None,
         find_adapter: FindAdapter | None = None,
         resident_adapters: int = _RESIDENT_ADAPTERS,
+        offload: Offload = "none",
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         if isinstance(base, str):
             base = BaseSection(path=base)
-        self.base = load_base(base, device) if isinstance(base, BaseSection) else base
+        self.base = load_for(base, device, offload) if isinstance(base, BaseSection) else base
+        if channels_last:
+            lay_channels_last(self.base)
+        placement = Placement(self.base, offload)
+        placement.rest()
+        compiled = CompiledUnet(self.base) if compile and not live_adapters else None
+        self._stops_in_unet = compiled is None
         self._find_adapter = find_adapter
         self._adapters = ResidentAdapters(self.base, live_adapters or {}, resident_adapters)
-        self._renderer = Renderer(self.base, self._adapters)
+        self._renderer = Renderer(self.base, self._adapters, placement, compiled)
 
     def generate(
         self,
@@ -84,7 +96,7 @@ class Engine:
         NaN or needs more memory than there is.
         """
         asked = list(asked_pictures(request, 0, self._find_adapter))
-        watch = Watch(self.base, len(asked), on_step, should_stop)
+        watch = Watch(self.base, len(asked), on_step, should_stop, in_unet=self._stops_in_unet)
         for _, picture, recipe in self._make_all(in_order(asked, batch_size), watch):
             yield picture, recipe
 
@@ -106,7 +118,7 @@ class Engine:
             for number, request in enumerate(requests)
             for picture in asked_pictures(request, number, self._find_adapter)
         ]
-        watch = Watch(self.base, len(asked), on_step, should_stop)
+        watch = Watch(self.base, len(asked), on_step, should_stop, in_unet=self._stops_in_unet)
         yield from self._make_all(regrouped(self.base, asked, batch_size), watch)
 
     def weights_sha256(self) -> str:

@@ -42,11 +42,20 @@ class Watch:
     The time that passes between batches, while the caller has the pictures, is not counted.
     """
 
-    def __init__(self, base: LoadedBase, pictures: int, on_step: OnStep | None, should_stop: ShouldStop | None) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        pictures: int,
+        on_step: OnStep | None,
+        should_stop: ShouldStop | None,
+        *,
+        in_unet: bool = True,
+    ) -> None:
         self._base = base
         self._pictures = pictures
         self._on_step = on_step
         self._should_stop = should_stop
+        self._in_unet = in_unet
         self._done = 0
         self._seconds = 0.0
         self._since = 0.0
@@ -55,7 +64,7 @@ class Watch:
     def batch(self, pictures: int) -> Iterator[None]:
         """Inside, a batch of so many pictures is made; it can be stopped within a step."""
         self._since = time.monotonic()
-        with stoppable(self._base, self._should_stop):
+        with stoppable(self._base, self._should_stop, in_unet=self._in_unet):
             yield
         self._seconds += time.monotonic() - self._since
         self._done += pictures
@@ -74,8 +83,11 @@ class Watch:
 
 
 @contextmanager
-def stoppable(base: LoadedBase, should_stop: ShouldStop | None) -> Iterator[None]:
-    """Inside, GenerationCancelled is raised within a step, before any block of a model, once `should_stop` says so."""
+def stoppable(base: LoadedBase, should_stop: ShouldStop | None, *, in_unet: bool = True) -> Iterator[None]:
+    """Inside, GenerationCancelled is raised within a step, before any block of a model, once `should_stop` says so.
+
+    Not `in_unet`: before blocks of the others only, as a compiled UNet would keep asking the first one that it saw.
+    """
     if should_stop is None:
         yield
         return
@@ -84,7 +96,8 @@ def stoppable(base: LoadedBase, should_stop: ShouldStop | None) -> Iterator[None
         if should_stop():
             raise GenerationCancelled("cancelled")
 
-    handles = [block.register_forward_pre_hook(check) for _, model in base.components() for block in _blocks(model)]
+    models = [model for name, model in base.components() if in_unet or name != "unet"]
+    handles = [block.register_forward_pre_hook(check) for model in models for block in _blocks(model)]
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from sdlora.generation.asked import Asked
 from sdlora.generation.denoise import AfterStep, PromptRows, denoise
 from sdlora.generation.encoded import EncodedPrompts
 from sdlora.generation.inpaint import Canvas, canvas_of
+from sdlora.generation.memory import CompiledUnet, Placement
 from sdlora.generation.prompt_plan import encoder_emphasis
 from sdlora.generation.recipes import PRECISION_NAMES, recipe_of
 from sdlora.generation.request import Recipe
@@ -30,9 +31,13 @@ from sdlora.generation.vae import Vae
 class Renderer:
     """Makes the pictures of batches, in each of which all are alike but for prompts, seeds, guidance and adapters."""
 
-    def __init__(self, base: LoadedBase, adapters: ResidentAdapters) -> None:
+    def __init__(
+        self, base: LoadedBase, adapters: ResidentAdapters, placement: Placement, compiled: CompiledUnet | None = None
+    ) -> None:
         self._base = base
         self._adapters = adapters
+        self._placement = placement
+        self._compiled = compiled
         self._own_sampler = sampler(base)
 
     def render(
@@ -44,7 +49,8 @@ class Renderer:
         canvases = [_canvas(asked, self._base) for asked in batch]
         with torch.no_grad(), self._autocast():
             latents = self._denoise(batch, acting, scheduler, vaes, canvases, after_step)
-            pictures = [picture_of(vae.decode(row)) for vae, row in zip(vaes, latents, strict=True)]
+            with self._placement.using("vae"):
+                pictures = [picture_of(vae.decode(row)) for vae, row in zip(vaes, latents, strict=True)]
         return [
             (
                 canvas.finished(picture) if canvas else picture,
@@ -71,37 +77,41 @@ class Renderer:
         """Return the latents of the pictures, after a second pass where they have one."""
         request, hires, size = batch[0].request, batch[0].hires, batch[0].size(self._base)
         style = PromptStyle(encoder_emphasis(request.emphasis), request.clip_skip)
-        encoded = EncodedPrompts(self._base, self._adapters, [asked.plan for asked in batch], acting, style)
+        with self._placement.using("text encoders"):
+            encoded = EncodedPrompts(self._base, self._adapters, [asked.plan for asked in batch], acting, style)
         # Noise is drawn on the CPU, so that a seed means the same picture on every device.
         generators = [torch.Generator().manual_seed(asked.seed) for asked in batch]
         counts = self._step_counts(scheduler, batch[0])
 
         def one_pass(prompts: PromptRows, number: int, start: Start | None) -> torch.Tensor:
-            return denoise(
-                self._base,
-                scheduler,
-                prompts,
-                generators,
-                [asked.request.guidance_scale for asked in batch],
-                width=size[0],
-                height=size[1],
-                steps=hires.scheduled_steps if hires and number else request.steps,
-                guided=batch[0].guided,
-                act=lambda rows: self._adapters.act([acting[number] for number in rows]),
-                after_step=_checked(batch, self._base.dtype, sum(counts[:number]), sum(counts), after_step),
-                start=start,
-            )
+            with self._placement.using("unet"), self._fast_unet(acting):
+                return denoise(
+                    self._base,
+                    scheduler,
+                    prompts,
+                    generators,
+                    [asked.request.guidance_scale for asked in batch],
+                    width=size[0],
+                    height=size[1],
+                    steps=hires.scheduled_steps if hires and number else request.steps,
+                    guided=batch[0].guided,
+                    act=lambda rows: self._adapters.act([acting[number] for number in rows]),
+                    after_step=_checked(batch, self._base.dtype, sum(counts[:number]), sum(counts), after_step),
+                    start=start,
+                )
 
         start = None
         if request.image:
             contents = [asked.request.masked_content for asked in batch]
             shown = [canvas for canvas in canvases if canvas]
             options = {"steps": request.steps, "strength": request.strength}
-            start = start_at(vaes, shown, contents, generators, encoded.dtype, **options)
+            with self._placement.using("vae"):
+                start = start_at(vaes, shown, contents, generators, encoded.dtype, **options)
         latents = one_pass(encoded, 0, start)
         if hires:
             size = hires.size(size)
-            start = second_start(self._base, hires, vaes, latents, size)
+            with self._placement.using("vae"):
+                start = second_start(self._base, hires, vaes, latents, size)
             # The noise of the second pass is the seed's first draw again, as in AUTOMATIC1111.
             generators = [torch.Generator().manual_seed(asked.seed) for asked in batch]
             latents = one_pass(AtTheEnd(encoded, request.steps), 1, start)
@@ -118,6 +128,12 @@ class Renderer:
             scheduler.set_timesteps(steps)
             counts.append(len(scheduler.timesteps) - (steps - run) * scheduler.order if run else 0)
         return counts
+
+    def _fast_unet(self, acting: Sequence[Acting]) -> AbstractContextManager[None]:
+        """Inside, the UNet runs compiled where that is wanted and no adapter acts on it."""
+        if self._compiled is None or any(weight for one in acting for weight in one.unet.values()):
+            return nullcontext()
+        return self._compiled.used()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._base.dtype != torch.float32 and has_float32_adapter(self._base):
