@@ -18,6 +18,7 @@ from sdlora.families.sources import find_base
 from sdlora.generation.asked import Asked, FindAdapter, asked_pictures
 from sdlora.generation.batches import Made, in_order, regrouped, split_alike
 from sdlora.generation.memory import CompiledUnet, Offload, Placement, lay_channels_last, load_for
+from sdlora.generation.preview import latent_colours
 from sdlora.generation.progress import OnStep, ShouldStop, StepProgress, Watch
 from sdlora.generation.render import Renderer
 from sdlora.generation.request import GenerationRequest, Recipe
@@ -70,6 +71,7 @@ class Engine:
         self.base = load_for(base, device, offload) if isinstance(base, BaseSection) else base
         if channels_last:
             lay_channels_last(self.base)
+        self._colours = latent_colours(self.base)
         placement = Placement(self.base, offload)
         placement.rest()
         compiled = CompiledUnet(self.base) if compile and not live_adapters else None
@@ -96,7 +98,7 @@ class Engine:
         NaN or needs more memory than there is.
         """
         asked = list(asked_pictures(request, 0, self._find_adapter))
-        watch = Watch(self.base, len(asked), on_step, should_stop, in_unet=self._stops_in_unet)
+        watch = Watch(self.base, self._colours, len(asked), on_step, should_stop, in_unet=self._stops_in_unet)
         for _, picture, recipe in self._make_all(in_order(asked, batch_size), watch):
             yield picture, recipe
 
@@ -118,7 +120,7 @@ class Engine:
             for number, request in enumerate(requests)
             for picture in asked_pictures(request, number, self._find_adapter)
         ]
-        watch = Watch(self.base, len(asked), on_step, should_stop, in_unet=self._stops_in_unet)
+        watch = Watch(self.base, self._colours, len(asked), on_step, should_stop, in_unet=self._stops_in_unet)
         yield from self._make_all(regrouped(self.base, asked, batch_size), watch)
 
     def weights_sha256(self) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from sdlora.errors import GenerationCancelled
 from sdlora.families.base import LoadedBase
-from sdlora.generation.preview import preview_pictures
+from sdlora.generation.preview import LatentColours
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Watch:
     def __init__(
         self,
         base: LoadedBase,
+        colours: LatentColours,
         pictures: int,
         on_step: OnStep | None,
         should_stop: ShouldStop | None,
@@ -52,6 +53,7 @@ class Watch:
         in_unet: bool = True,
     ) -> None:
         self._base = base
+        self._colours = colours
         self._pictures = pictures
         self._on_step = on_step
         self._should_stop = should_stop
@@ -78,7 +80,7 @@ class Watch:
             share = (done + together * step / steps) / self._pictures
             spent = self._seconds + time.monotonic() - self._since
             left = spent / share * (1 - share)
-            preview = partial(preview_pictures, self._base.family.traits, latents)
+            preview = partial(self._colours.pictures, latents)
             self._on_step(StepProgress(done, self._pictures, step, steps, left, preview))
 
 

@@ -104,9 +104,11 @@ class Renderer:
         if request.image:
             contents = [asked.request.masked_content for asked in batch]
             shown = [canvas for canvas in canvases if canvas]
-            options = {"steps": request.steps, "strength": request.strength}
+            run = steps_run(request.steps, request.strength)
             with self._placement.using("vae"):
-                start = start_at(vaes, shown, contents, generators, encoded.dtype, **options)
+                start = start_at(
+                    vaes, shown, contents, generators, encoded.dtype, steps=run, from_noise=request.strength == 1
+                )
         latents = one_pass(encoded, 0, start)
         if hires:
             size = hires.size(size)

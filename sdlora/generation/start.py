@@ -61,19 +61,23 @@ def start_at(
     dtype: torch.dtype,
     *,
     steps: int,
-    strength: float,
+    from_noise: bool,
 ) -> Start:
-    """Return the start at these pictures, each drawn from the VAE's posterior by its own generator."""
+    """Return the start at these pictures, of which the last `steps` steps run.
+
+    Each is drawn from the VAE's posterior by its own generator. `from_noise` counts where there are masks: what is made
+    anew begins at noise alone.
+    """
     drawn = zip(vaes, canvases, generators, strict=True)
     rows = [vae.encode(pixels_of(canvas.picture), generator) for vae, canvas, generator in drawn]
     latents = torch.cat(rows).to(dtype)
     if canvases[0].mask is None:
-        return Start(latents, steps_run(steps, strength))
+        return Start(latents, steps)
     masks = [latent_mask(canvas.mask, vaes[0].factor) for canvas in canvases if canvas.mask is not None]
     anew = torch.cat(masks).to(latents)
     under = [_under_mask(row, content, one) for row, content, one in zip(latents, contents, generators, strict=True)]
     latents = (1 - anew) * latents + anew * torch.stack(under)
-    return Start(latents, steps_run(steps, strength), anew, from_noise=strength == 1)
+    return Start(latents, steps, anew, from_noise)
 
 
 def pixels_of(picture: Image.Image) -> torch.Tensor:

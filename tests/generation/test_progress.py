@@ -9,11 +9,13 @@ from engine_help import ask, make, same, using
 from PIL import Image
 
 from sdlora.adapters.write import write_adapter
+from sdlora.config import BaseSection
 from sdlora.errors import GenerationCancelled
+from sdlora.families.registry import load_base
 from sdlora.families.traits import SD1_TRAITS, SDXL_TRAITS
 from sdlora.generation import progress
 from sdlora.generation.engine import Engine
-from sdlora.generation.preview import preview_pictures
+from sdlora.generation.preview import LatentColours, latent_colours
 
 
 @pytest.fixture
@@ -99,25 +101,59 @@ def test_a_batch_shows_all_its_pictures(engine):
     assert set(counts) == {2, 1}
 
 
+def published(traits) -> LatentColours:
+    return LatentColours(torch.tensor(traits.latent_rgb), torch.tensor(traits.latent_rgb_bias))
+
+
 def test_colours_by_hand():
     """Latent (1, 0, 0, 0): SD 1.5's first row is red .3512, green .2297, blue .3227; 255 * (x / 2 + .5)."""
     latents = torch.zeros(1, 4, 1, 2)
     latents[0, 0, 0, 0] = 1.0
-    (picture,) = preview_pictures(SD1_TRAITS, latents)
+    (picture,) = published(SD1_TRAITS).pictures(latents)
     assert isinstance(picture, Image.Image) and picture.size == (2, 1)
     assert [picture.getpixel((0, 0)), picture.getpixel((1, 0))] == [(172, 157, 169), (128, 128, 128)]
-    (picture,) = preview_pictures(SDXL_TRAITS, torch.zeros(1, 4, 1, 2))
+    (picture,) = published(SDXL_TRAITS).pictures(torch.zeros(1, 4, 1, 2))
     assert picture.getpixel((0, 0)) == (141, 125, 127)  # the bias alone
 
 
 def test_noise_of_a_sampler_that_counts_in_sigmas_is_brought_down():
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    loud, plain = (
-        preview_pictures(SD1_TRAITS, noise * 14.6),
-        preview_pictures(SD1_TRAITS, noise / noise.std(dim=(1, 2, 3), keepdim=True)),
-    )
-    for one, other in zip(loud, plain, strict=True):
+    plain = noise / noise.std(dim=(1, 2, 3), keepdim=True)
+    both = (published(SD1_TRAITS).pictures(one) for one in (noise * 14.6, plain))
+    for one, other in zip(*both, strict=True):
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+
+
+def test_a_vae_of_another_size_has_a_map_of_its_own():
+    """The tiny base's latents mean other colours than SD 1.5's: by that map, red would be seen as blue."""
+    base = load_base(BaseSection(path="tiny"), "cpu")
+
+    def seen(colours: LatentColours, colour: tuple[int, int, int]) -> np.ndarray:
+        pixels = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 64, 64) / 127.5 - 1
+        (picture,) = colours.pictures(base.family.encode_images(base, pixels)[0])
+        return np.asarray(picture).astype(float).mean(axis=(0, 1))
+
+    wanted = [(220, 30, 30), (30, 30, 220), (240, 240, 240), (30, 160, 60)]
+    own, others = (
+        np.mean([np.abs(seen(colours, colour) - colour).mean() for colour in wanted])
+        for colours in (latent_colours(base), published(SD1_TRAITS))
+    )
+    assert own < others / 2
+    for colour in (wanted[0], wanted[1], wanted[3]):
+        assert seen(latent_colours(base), colour).argmax() == np.argmax(colour)
+
+
+def test_a_vae_of_the_usual_size_has_the_published_map(tiny_base):
+    base = tiny_base()
+    base.vae.register_to_config(block_out_channels=(128, 256, 512, 512))
+    assert latent_colours(base).factors.tolist() == torch.tensor(base.family.traits.latent_rgb).tolist()
+
+
+def test_a_vae_that_gives_nan_for_colours_has_the_published_map(tiny_base):
+    base = tiny_base()
+    with torch.no_grad():
+        base.vae.encoder.conv_out.bias.fill_(float("nan"))
+    assert latent_colours(base).factors.tolist() == torch.tensor(base.family.traits.latent_rgb).tolist()
 
 
 def test_cancelling_takes_a_part_of_a_step(engine):
