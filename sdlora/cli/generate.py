@@ -10,7 +10,10 @@ from typing import get_args
 
 from sdlora import Engine, History, make_request, save_picture
 from sdlora.cli.base_flags import add_base_flags, base_section
+from sdlora.cli.generate_view import step_bar
+from sdlora.cli.picture_flags import add_picture_flags, picture_settings
 from sdlora.errors import ConfigError
+from sdlora.generation.asked import check_pictures
 from sdlora.generation.engine import refuse_foreign_adapters
 from sdlora.generation.picture_names import DEFAULT_TEMPLATE, FIELDS, check_template, picture_path
 from sdlora.generation.pictures import check_compression
@@ -36,7 +39,9 @@ def run(arguments: list[str]) -> int:
         width=options.width,
         height=options.height,
         adapters=[parse_adapter(text) for text in options.adapter],
+        **picture_settings(options),
     )
+    check_pictures(request)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}; expected 1 or more")
     check_template(options.name)
@@ -49,18 +54,29 @@ def run(arguments: list[str]) -> int:
 def _generate(options: argparse.Namespace, request: GenerationRequest, folder: Path) -> int:
     base = base_section(options)
     refuse_foreign_adapters(base, [choice.path for choice in request.adapters])
-    engine = Engine(base, device=options.device, find_adapter=AdapterLibrary(options.library).path_of)
+    engine = Engine(
+        base,
+        device=options.device,
+        find_adapter=AdapterLibrary(options.library).path_of,
+        offload=options.offload,
+        channels_last=options.channels_last,
+        compile=options.compile,
+    )
     for note in engine.base.notes:
         print(f"note: {note}", file=sys.stderr)
     before = engine.weights_sha256() if options.verify else ""
     history, suffix = History(folder), f".{options.format}"
     started = time.perf_counter()
-    for number, (picture, recipe) in enumerate(engine.generate(request, batch_size=options.batch_size), start=1):
-        name = picture_path(recipe, options.name, number=number, suffix=suffix)
-        path = save_picture(picture, recipe, folder / name, quality=options.quality, lossless=options.lossless)
-        history.add(path, recipe)
-        rate = (time.perf_counter() - started) / number
-        print(f"{path}  ({number} of {request.count}, {rate:.2f} s a picture)", flush=True)
+    with step_bar() as on_step:
+        pictures = engine.generate(request, batch_size=options.batch_size, on_step=on_step)
+        for number, (picture, recipe) in enumerate(pictures, start=1):
+            name = picture_path(recipe, options.name, number=number, suffix=suffix)
+            path = save_picture(picture, recipe, folder / name, quality=options.quality, lossless=options.lossless)
+            history.add(path, recipe)
+            rate = (time.perf_counter() - started) / number
+            print(f"{path}  ({number} of {request.count}, {rate:.2f} s a picture)", flush=True)
+            for note in recipe.notes:
+                print(f"note: {note}", file=sys.stderr)
     if options.verify:
         unchanged = engine.weights_sha256() == before
         print(f"base weights {'unchanged' if unchanged else 'CHANGED'}: {before}")
@@ -109,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--wildcards", default="", metavar="FOLDER", help=fields["wildcards"])
     parser.add_argument("--width", type=int, default=0, help=fields["width"])
     parser.add_argument("--height", type=int, default=0, help=fields["height"])
+    add_picture_flags(parser)
     parser.add_argument("--out", default="outputs", help="folder for the pictures (default: outputs)")
     parser.add_argument(
         "--name",
@@ -122,6 +139,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lossless", action="store_true", help="a webp that keeps every bit")
     parser.add_argument(
         "--batch-size", type=int, default=1, help="pictures made at once; 1 makes each exactly repeatable alone"
+    )
+    parser.add_argument(
+        "--offload",
+        choices=("none", "model"),
+        default="none",
+        help="model: text encoders, UNet and VAE are on the GPU only while they work",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="lay the weights of convolutions as GPUs read them best"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the UNet for each size; for many pictures without adapters"
     )
     parser.add_argument("--verify", action="store_true", help="prove by hash that the base weights did not change")
     return parser

@@ -24,6 +24,14 @@ BREAK_SEGMENT = ("BREAK", -1.0)
 TEXT_MODEL = "text_model."
 """A step in the paths of text encoders' layers that files have and newer versions of the library have dropped."""
 _INSIDE_TEXT_MODEL = ("embeddings.", "encoder.", "final_layer_norm")
+_SD_RGB = ((0.3512, 0.2297, 0.3227), (0.3250, 0.4974, 0.2350), (-0.2829, 0.1762, 0.2721), (-0.2120, -0.2616, -0.7177))
+"""As measured by others on SD 1.5's VAE, which SD 2.x shares, and below on SDXL's; ComfyUI uses the same."""
+_SDXL_RGB = (
+    (0.3651, 0.4232, 0.4341),
+    (-0.2533, -0.0042, 0.1068),
+    (0.1076, 0.1111, -0.0362),
+    (-0.3165, -0.2492, -0.2188),
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,9 @@ class FamilyTraits:
     """Whether the UNet is told the pictures' sizes and a pooled text embedding."""
     linear_projection: bool
     """Whether the projections around the UNet's attention are linear layers, and not convolutions."""
+    latent_rgb: tuple[tuple[float, float, float], ...] = _SD_RGB
+    """Red, green and blue, -1 to 1, of each channel of the latents: about what its VAE makes of them."""
+    latent_rgb_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def recognises_unet(self, config: Mapping[str, Any]) -> bool:
         """Return whether a UNet of this configuration (a diffusers config.json) is one of this family's."""
@@ -58,6 +69,8 @@ SDXL_TRAITS = FamilyTraits(
     {"text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
     True,
     True,
+    _SDXL_RGB,
+    (0.1084, -0.0175, -0.0011),
 )
 ALL_TRAITS = (SDXL_TRAITS, SD2_TRAITS, SD1_TRAITS)
 """The most demanding first: a merge may have kept stray keys of another family."""

@@ -10,9 +10,11 @@ from pathlib import Path
 from sdlora.config import validated
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase
+from sdlora.generation.hires import Hires, read_hires
 from sdlora.generation.prompt_plan import PicturePrompts, PromptPlan, picture_prompts, plan_prompt
 from sdlora.generation.prompts import Tag, parse_tags
 from sdlora.generation.request import AdapterChoice, GenerationRequest
+from sdlora.generation.source import Source, read_source, work_size
 from sdlora.generation.wildcards import NO_WILDCARDS, Wildcards, read_wildcards
 from sdlora.storage import user_path
 
@@ -31,6 +33,10 @@ class Asked:
     texts: PicturePrompts
     adapters: tuple[AdapterChoice, ...]
     plan: PromptPlan
+    source: Source | None = None
+    """The picture that it starts from."""
+    hires: Hires | None = None
+    """Its second pass."""
 
     @property
     def guided(self) -> bool:
@@ -38,12 +44,23 @@ class Asked:
         return self.request.guidance_scale > 1 or not self.plan.is_plain
 
     def size(self, base: LoadedBase) -> tuple[int, int]:
-        """Return width and height in pixels."""
-        return self.request.width or base.resolution, self.request.height or base.resolution
+        """Return width and height in pixels, as the model works at them; a second pass is larger."""
+        return work_size(self.request, self.source.size if self.source else None, base.resolution)
+
+
+def check_pictures(request: GenerationRequest) -> None:
+    """Raise DataError, FormatError or ConfigError for a picture, mask or upscaler that cannot be used, before a base is loaded."""
+    read_source(request)
+    read_hires(request)
 
 
 def asked_pictures(request: GenerationRequest, number: int, find_adapter: FindAdapter | None) -> Iterator[Asked]:
-    """Yield the pictures of a request in the order of their seeds. Raises ConfigError for a tag that names no adapter."""
+    """Yield the pictures of a request in the order of their seeds.
+
+    Raises ConfigError for a tag that names no adapter, DataError and FormatError for a picture or upscaler that cannot
+    be used.
+    """
+    source, hires = read_source(request), read_hires(request)
     wildcards = read_wildcards(user_path(request.wildcards)) if request.wildcards else NO_WILDCARDS
 
     @functools.cache
@@ -55,7 +72,7 @@ def asked_pictures(request: GenerationRequest, number: int, find_adapter: FindAd
     for seed in range(request.seed, request.seed + request.count):
         texts, adapters = _choose(request, seed, wildcards, find)
         plan = plan_prompt(texts.prompt, texts.negative_prompt, request.steps, request.emphasis)
-        yield Asked(request, number, seed, texts, adapters, plan)
+        yield Asked(request, number, seed, texts, adapters, plan, source, hires)
 
 
 def _choose(

@@ -11,6 +11,7 @@ from sdlora.families.base import LoadedBase
 from sdlora.families.prompts import chunk_count
 from sdlora.families.words import knowing
 from sdlora.generation.asked import Asked
+from sdlora.generation.hires import Hires
 from sdlora.generation.prompt_plan import Emphases
 from sdlora.generation.request import Recipe
 from sdlora.generation.resident import Acting
@@ -32,6 +33,11 @@ class Likeness:
     """Whether adapters ask for a schedule that ends in pure noise."""
     chunks: int
     """Of 75 tokens, in the longest of all its prompts."""
+    strength: float | None
+    """How much of a picture that it starts from is made anew, None where it starts from noise."""
+    masked: bool
+    """Whether a part of that picture stays."""
+    hires: Hires | None
 
 
 def in_order(asked: Sequence[Asked], batch_size: int) -> Iterator[list[Asked]]:
@@ -73,4 +79,7 @@ def likeness(base: LoadedBase, asked: Asked, zero_snr: bool = False) -> Likeness
         clip_skip=request.clip_skip,
         zero_snr=zero_snr,
         chunks=chunk_count(base, list(asked.plan.spellings())),
+        strength=request.strength if asked.source else None,
+        masked=bool(request.mask),
+        hires=asked.hires,
     )

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from sdlora.families.base import LoadedBase, PictureSize
+from sdlora.families.base import Conditioning, LoadedBase, PictureSize
 from sdlora.families.traits import LATENT_CHANNELS
-from sdlora.generation.encoded import EncodedPrompts, Guide
+from sdlora.generation.encoded import Guide
+from sdlora.generation.start import Start
 
-AfterStep = Callable[[int, int], None]
-"""Called with (steps done, steps)."""
+AfterStep = Callable[[int, int, torch.Tensor], None]
+"""Called with (steps done, steps, latents)."""
 Act = Callable[[Sequence[int], int], None]
 """Called with the number of the picture that each row of the UNet's next batch belongs to, and the step."""
+
+
+class PromptRows(Protocol):
+    """What a batch of pictures is guided by."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the latents are computed in."""
+        ...
+
+    def guides(self, step: int, guided: bool) -> list[Guide]:
+        """Return the rows of the UNet's batch at a step."""
+        ...
+
+    def rows(self, guides: Sequence[Guide]) -> Conditioning:
+        """Return their conditioning."""
+        ...
 
 
 def denoise(
     base: LoadedBase,
     scheduler: Any,
-    encoded: EncodedPrompts,
+    encoded: PromptRows,
     generators: Sequence[torch.Generator],
     guidance_scales: Sequence[float],
     *,
@@ -31,20 +49,24 @@ def denoise(
     guided: bool,
     act: Act,
     after_step: AfterStep,
+    start: Start | None = None,
 ) -> torch.Tensor:
     """Return the latents [B,4,h,w] of pictures of `width` x `height` pixels, one generator and one scale each.
 
     A guided picture follows n + scale * sum over its prompts p of weight * (p - n), n its negative prompt (Ho and
-    Salimans 2022; Liu et al. 2022 for several); one that is not, its one prompt only.
+    Salimans 2022; Liu et al. 2022 for several); one that is not, its one prompt only. With a `start` the last steps
+    alone run, and prompts that change begin with it, as in AUTOMATIC1111.
     """
     scheduler.set_timesteps(steps, device=base.device)
     options = _step_options(scheduler, generators)
     size = PictureSize((height, width), (0, 0), (height, width))
     batch: list[Guide] = []
-    latents = _noise(base, height, width, generators, encoded.dtype) * scheduler.init_noise_sigma
-    count = len(scheduler.timesteps)
-    for number, timestep in enumerate(scheduler.timesteps):
-        step = number * steps // count + 1
+    noise = _noise(base, height, width, generators, encoded.dtype)
+    latents, timesteps = noise * scheduler.init_noise_sigma, scheduler.timesteps
+    if start:
+        latents, timesteps = start.begun(scheduler, noise, steps)
+    for number, timestep in enumerate(timesteps):
+        step = number * steps // len(scheduler.timesteps) + 1
         wanted = encoded.guides(step, guided)
         if wanted != batch:
             batch, conditioning = wanted, encoded.rows(wanted)
@@ -55,7 +77,9 @@ def denoise(
             predicted = _guide(predicted, batch, guidance_scales)
         dtype = latents.dtype
         latents = scheduler.step(predicted, timestep, latents, **options, return_dict=False)[0].to(dtype)
-        after_step(number + 1, count)
+        if start:
+            latents = start.kept(scheduler, latents, noise, timesteps[number + 1 :])
+        after_step(number + 1, len(timesteps), latents)
     return latents
 
 

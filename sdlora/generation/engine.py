@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
@@ -14,28 +14,21 @@ from sdlora.config import BaseSection
 from sdlora.errors import GenerationError
 from sdlora.families.base import LoadedBase
 from sdlora.families.detect import family_of
-from sdlora.families.registry import load_base
 from sdlora.families.sources import find_base
 from sdlora.generation.asked import Asked, FindAdapter, asked_pictures
 from sdlora.generation.batches import Made, in_order, regrouped, split_alike
+from sdlora.generation.memory import CompiledUnet, Offload, Placement, lay_channels_last, load_for
+from sdlora.generation.preview import latent_colours
+from sdlora.generation.progress import OnStep, ShouldStop, StepProgress, Watch
 from sdlora.generation.render import Renderer
 from sdlora.generation.request import GenerationRequest, Recipe
 from sdlora.generation.resident import ResidentAdapters
 
+__all__ = ["Engine", "OnStep", "StepProgress", "refuse_foreign_adapters"]
+
 _RESIDENT_ADAPTERS = 8
-
-
-@dataclass(frozen=True)
-class StepProgress:
-    """How far a request is: pictures already finished, and the denoising step of the current ones."""
-
-    pictures_done: int
-    pictures: int
-    step: int
-    steps: int
-
-
-OnStep = Callable[[StepProgress], None]
+_AfterStep = Callable[[int, int, int, int, torch.Tensor], None]
+"""As `Watch.after_step`."""
 
 
 def refuse_foreign_adapters(base: BaseSection, adapters: Sequence[str]) -> None:
@@ -56,6 +49,9 @@ class Engine:
     the one being trained; new words that the base knows stay known too. `find_adapter` returns the file of the
     adapter that a prompt calls <lora:NAME>, or raises SdloraError. Of adapters loaded from files, the
     `resident_adapters` used last stay in memory. Base weights are never written.
+
+    With `offload` "model" text encoders, UNet and VAE are on the device only while they work. `channels_last` lays weights of
+    convolutions as GPUs read them best. `compile` compiles the UNet for each size, for pictures without adapters.
     """
 
     def __init__(
@@ -66,31 +62,53 @@ class Engine:
         live_adapters: Mapping[str, float] | None = None,
         find_adapter: FindAdapter | None = None,
         resident_adapters: int = _RESIDENT_ADAPTERS,
+        offload: Offload = "none",
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         if isinstance(base, str):
             base = BaseSection(path=base)
-        self.base = load_base(base, device) if isinstance(base, BaseSection) else base
+        self.base = load_for(base, device, offload) if isinstance(base, BaseSection) else base
+        if channels_last:
+            lay_channels_last(self.base)
+        self._colours = latent_colours(self.base)
+        placement = Placement(self.base, offload)
+        placement.rest()
+        compiled = CompiledUnet(self.base) if compile and not live_adapters else None
+        self._stops_in_unet = compiled is None
         self._find_adapter = find_adapter
         self._adapters = ResidentAdapters(self.base, live_adapters or {}, resident_adapters)
-        self._renderer = Renderer(self.base, self._adapters)
+        self._renderer = Renderer(self.base, self._adapters, placement, compiled)
 
     def generate(
-        self, request: GenerationRequest, *, batch_size: int = 1, on_step: OnStep | None = None
+        self,
+        request: GenerationRequest,
+        *,
+        batch_size: int = 1,
+        on_step: OnStep | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> Iterator[tuple[Image.Image, Recipe]]:
         """Yield the pictures of `request`, in the order of their seeds, each with its recipe.
 
         With the default `batch_size` of 1 a picture depends on nothing but its recipe, bit for bit; in
         larger batches, whose pictures may have different adapters, it may differ in the last bits. `on_step` is
-        called after every denoising step and ends the request by raising `GenerationCancelled`. Raises FormatError
-        or ModelError for an adapter that cannot be used, GenerationError for a picture that came out as NaN or needs
-        more memory than there is.
+        called after every denoising step and ends the request by raising `GenerationCancelled`; so does `should_stop`
+        by returning true, which is asked many times within a step. Raises FormatError or ModelError for an adapter that
+        cannot be used, DataError for a picture to start from that cannot, GenerationError for a picture that came out as
+        NaN or needs more memory than there is.
         """
         asked = list(asked_pictures(request, 0, self._find_adapter))
-        for _, picture, recipe in self._make_all(in_order(asked, batch_size), len(asked), on_step):
+        watch = Watch(self.base, self._colours, len(asked), on_step, should_stop, in_unet=self._stops_in_unet)
+        for _, picture, recipe in self._make_all(in_order(asked, batch_size), watch):
             yield picture, recipe
 
     def generate_all(
-        self, requests: Sequence[GenerationRequest], *, batch_size: int = 1, on_step: OnStep | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        batch_size: int = 1,
+        on_step: OnStep | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> Iterator[tuple[int, Image.Image, Recipe]]:
         """Yield (number of its request, picture, recipe) for every picture of the requests, in the order they are made.
 
@@ -102,30 +120,24 @@ class Engine:
             for number, request in enumerate(requests)
             for picture in asked_pictures(request, number, self._find_adapter)
         ]
-        yield from self._make_all(regrouped(self.base, asked, batch_size), len(asked), on_step)
+        watch = Watch(self.base, self._colours, len(asked), on_step, should_stop, in_unet=self._stops_in_unet)
+        yield from self._make_all(regrouped(self.base, asked, batch_size), watch)
 
     def weights_sha256(self) -> str:
         """SHA-256 over the base weights as they are in memory now; equal before and after any request."""
         return self.base.weights_sha256()
 
-    def _make_all(self, batches: Iterator[list[Asked]], pictures: int, on_step: OnStep | None) -> Iterator[Made]:
-        done = 0
+    def _make_all(self, batches: Iterator[list[Asked]], watch: Watch) -> Iterator[Made]:
         for batch in batches:
-
-            def after_step(finished: int, step: int, steps: int, done: int = done) -> None:
-                if on_step:
-                    # Some samplers evaluate the UNet once more than the steps they are asked for.
-                    on_step(StepProgress(done + finished, pictures, step, steps))
-
             # Nothing stays active across a yield: the caller may abandon this request or begin another.
             try:
-                made = self._make_fitting(batch, after_step)
+                with watch.batch(len(batch)):
+                    made = self._make_fitting(batch, watch.after_step)
             finally:
                 self._adapters.rest()
-            done += len(batch)
             yield from made
 
-    def _make_fitting(self, batch: Sequence[Asked], after_step: Callable[[int, int, int], None]) -> list[Made]:
+    def _make_fitting(self, batch: Sequence[Asked], after_step: _AfterStep) -> list[Made]:
         """Return the pictures of a batch, made in halves where the memory is too small for all at once."""
         try:
             return self._make(batch, after_step)
@@ -137,16 +149,15 @@ class Engine:
         middle = len(batch) // 2  # out of the handler, whose traceback holds the memory
         return [made for half in (batch[:middle], batch[middle:]) for made in self._make_fitting(half, after_step)]
 
-    def _make(self, batch: Sequence[Asked], after_step: Callable[[int, int, int], None]) -> list[Made]:
+    def _make(self, batch: Sequence[Asked], after_step: _AfterStep) -> list[Made]:
         """Return the pictures of a batch, in its order; parts that cannot be made together are made one by one."""
         acting = self._adapters.gather([asked.adapters for asked in batch])
         made: dict[int, Made] = {}
         for part in split_alike(self.base, batch, acting):
-            finished = len(made)
             pictures = self._renderer.render(
                 [batch[number] for number in part],
                 [acting[number] for number in part],
-                lambda step, steps, finished=finished: after_step(finished, step, steps),  # type: ignore[misc]
+                partial(after_step, len(made), len(part)),
             )
             for number, (picture, recipe) in zip(part, pictures, strict=True):
                 made[number] = (batch[number].number, picture, recipe)

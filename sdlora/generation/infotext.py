@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sdlora.generation.request import Recipe, UsedAdapter
+from sdlora.generation.start_fields import start_fields
 
 _EMPHASES = {"no norm": "No norm", "ignore": "Ignore", "none": "None"}
 """As AUTOMATIC1111 calls them."""
@@ -79,6 +80,7 @@ def _fields(recipe: Recipe) -> dict[str, str]:
         "Model": recipe.base,
         "RNG": recipe.noise_device.upper(),
     }
+    fields |= start_fields(recipe)
     if recipe.clip_skip > 1:
         fields["Clip skip"] = str(recipe.clip_skip)
     if recipe.emphasis != "original":

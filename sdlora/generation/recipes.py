@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from sdlora.generation.request import Recipe, UsedAdapter
 PRECISION_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def recipe_of(base: LoadedBase, asked: Asked, used: tuple[UsedAdapter, ...], scheduler: Any) -> Recipe:
-    """Return the recipe of a picture that the base made by this sampler, with these adapters."""
+def recipe_of(
+    base: LoadedBase, asked: Asked, used: tuple[UsedAdapter, ...], scheduler: Any, tiled: bool, notes: Sequence[str]
+) -> Recipe:
+    """Return the recipe of a picture that the base made by this sampler, with these adapters, in tiles or not."""
     request, texts = asked.request, asked.texts
     width, height = asked.size(base)
     return Recipe(
@@ -43,6 +45,10 @@ def recipe_of(base: LoadedBase, asked: Asked, used: tuple[UsedAdapter, ...], sch
         clip_skip=request.clip_skip,
         quantize=base.quantize,
         device=_device_name(base.device),
+        start=asked.source.used if asked.source else None,
+        hires=asked.hires.used if asked.hires else None,
+        vae_tiling=tiled,
+        notes=tuple(notes),
         versions={name: importlib.metadata.version(name) for name in ("sdlora", "torch", "diffusers", "peft")},
     )
 

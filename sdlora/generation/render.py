@@ -15,20 +15,29 @@ from sdlora.families.base import LoadedBase, PromptStyle, autocast
 from sdlora.families.latent import sampler
 from sdlora.families.schedule import ends_in_pure_noise, zero_snr_sampler
 from sdlora.generation.asked import Asked
-from sdlora.generation.denoise import AfterStep, denoise
+from sdlora.generation.denoise import AfterStep, PromptRows, denoise
 from sdlora.generation.encoded import EncodedPrompts
+from sdlora.generation.inpaint import Canvas, canvas_of
+from sdlora.generation.memory import CompiledUnet, Placement
 from sdlora.generation.prompt_plan import encoder_emphasis
 from sdlora.generation.recipes import PRECISION_NAMES, recipe_of
 from sdlora.generation.request import Recipe
 from sdlora.generation.resident import Acting, ResidentAdapters
+from sdlora.generation.second_pass import AtTheEnd, second_start
+from sdlora.generation.start import Start, picture_of, start_at, steps_run
+from sdlora.generation.vae import Vae
 
 
 class Renderer:
     """Makes the pictures of batches, in each of which all are alike but for prompts, seeds, guidance and adapters."""
 
-    def __init__(self, base: LoadedBase, adapters: ResidentAdapters) -> None:
+    def __init__(
+        self, base: LoadedBase, adapters: ResidentAdapters, placement: Placement, compiled: CompiledUnet | None = None
+    ) -> None:
         self._base = base
         self._adapters = adapters
+        self._placement = placement
+        self._compiled = compiled
         self._own_sampler = sampler(base)
 
     def render(
@@ -36,12 +45,19 @@ class Renderer:
     ) -> list[tuple[Image.Image, Recipe]]:
         """Return the pictures, each with its recipe. Raises GenerationError for NaN."""
         scheduler = self._sampler(acting[0].zero_snr)
+        vaes = [Vae(self._base, asked.request.vae_tiling, asked.texts.prompt) for asked in batch]
+        canvases = [_canvas(asked, self._base) for asked in batch]
         with torch.no_grad(), self._autocast():
-            latents = self._denoise(batch, acting, scheduler, after_step)
-            return [
-                (self._decode(row, asked), recipe_of(self._base, asked, one.used, scheduler))
-                for asked, one, row in zip(batch, acting, latents, strict=True)
-            ]
+            latents = self._denoise(batch, acting, scheduler, vaes, canvases, after_step)
+            with self._placement.using("vae"):
+                pictures = [picture_of(vae.decode(row)) for vae, row in zip(vaes, latents, strict=True)]
+        return [
+            (
+                canvas.finished(picture) if canvas else picture,
+                recipe_of(self._base, asked, one.used, scheduler, vae.tiled, vae.notes),
+            )
+            for asked, one, vae, canvas, picture in zip(batch, acting, vaes, canvases, pictures, strict=True)
+        ]
 
     def _sampler(self, zero_snr: bool) -> Any:
         """Return the base's own; for adapters trained so, where the base predicts v, one that begins at pure noise."""
@@ -50,41 +66,101 @@ class Renderer:
         return self._own_sampler
 
     def _denoise(
-        self, batch: Sequence[Asked], acting: Sequence[Acting], scheduler: Any, after_step: AfterStep
+        self,
+        batch: Sequence[Asked],
+        acting: Sequence[Acting],
+        scheduler: Any,
+        vaes: Sequence[Vae],
+        canvases: Sequence[Canvas | None],
+        after_step: AfterStep,
     ) -> torch.Tensor:
-        request = batch[0].request
-        width, height = batch[0].size(self._base)
+        """Return the latents of the pictures, after a second pass where they have one."""
+        request, hires, size = batch[0].request, batch[0].hires, batch[0].size(self._base)
         style = PromptStyle(encoder_emphasis(request.emphasis), request.clip_skip)
-        latents = denoise(
-            self._base,
-            scheduler,
-            EncodedPrompts(self._base, self._adapters, [asked.plan for asked in batch], acting, style),
-            # Noise is drawn on the CPU, so that a seed means the same picture on every device.
-            [torch.Generator().manual_seed(asked.seed) for asked in batch],
-            [asked.request.guidance_scale for asked in batch],
-            width=width,
-            height=height,
-            steps=request.steps,
-            guided=batch[0].guided,
-            act=lambda rows, step: self._adapters.act([acting[number] for number in rows], step, request.steps),
-            after_step=after_step,
-        )
-        for asked, row in zip(batch, latents, strict=True):
-            if not row.isfinite().all():
-                raise GenerationError(
-                    f"the UNet gave NaN for {asked.request.prompt!r} in {PRECISION_NAMES[self._base.dtype]}; "
-                    "use fp32 or bf16, or a lower adapter weight"
+        with self._placement.using("text encoders"):
+            encoded = EncodedPrompts(self._base, self._adapters, [asked.plan for asked in batch], acting, style)
+        # Noise is drawn on the CPU, so that a seed means the same picture on every device.
+        generators = [torch.Generator().manual_seed(asked.seed) for asked in batch]
+        counts = self._step_counts(scheduler, batch[0])
+
+        def one_pass(prompts: PromptRows, number: int, start: Start | None) -> torch.Tensor:
+            with self._placement.using("unet"), self._fast_unet(acting):
+                return denoise(
+                    self._base,
+                    scheduler,
+                    prompts,
+                    generators,
+                    [asked.request.guidance_scale for asked in batch],
+                    width=size[0],
+                    height=size[1],
+                    steps=hires.scheduled_steps if hires and number else request.steps,
+                    guided=batch[0].guided,
+                    act=lambda rows, step: self._adapters.act(
+                        [acting[row] for row in rows], request.steps if number else step, request.steps
+                    ),
+                    after_step=_checked(batch, self._base.dtype, sum(counts[:number]), sum(counts), after_step),
+                    start=start,
                 )
+
+        start = None
+        if request.image:
+            contents = [asked.request.masked_content for asked in batch]
+            shown = [canvas for canvas in canvases if canvas]
+            run = steps_run(request.steps, request.strength)
+            with self._placement.using("vae"):
+                start = start_at(
+                    vaes, shown, contents, generators, encoded.dtype, steps=run, from_noise=request.strength == 1
+                )
+        latents = one_pass(encoded, 0, start)
+        if hires:
+            size = hires.size(size)
+            with self._placement.using("vae"):
+                start = second_start(self._base, hires, vaes, latents, size)
+            # The noise of the second pass is the seed's first draw again, as in AUTOMATIC1111.
+            generators = [torch.Generator().manual_seed(asked.seed) for asked in batch]
+            latents = one_pass(AtTheEnd(encoded, request.steps), 1, start)
         return latents
 
-    def _decode(self, latents: torch.Tensor, asked: Asked) -> Image.Image:
-        """Return the picture of latents [4,h,w]. Raises GenerationError for NaN."""
-        (picture,) = self._base.family.decode_latents(self._base, latents[None])
-        if not picture.isfinite().all():
-            raise GenerationError(f"the VAE gave NaN for {asked.request.prompt!r}; use fp32 or bf16")
-        return Image.fromarray((picture * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy())
+    def _step_counts(self, scheduler: Any, asked: Asked) -> list[int]:
+        """Return how many steps each pass will report."""
+        first = asked.request
+        passes = [(first.steps, steps_run(first.steps, first.strength) if asked.source else first.steps)]
+        if asked.hires:
+            passes.append((asked.hires.scheduled_steps, asked.hires.run_steps))
+        counts = []
+        for steps, run in passes:
+            scheduler.set_timesteps(steps)
+            counts.append(len(scheduler.timesteps) - (steps - run) * scheduler.order if run else 0)
+        return counts
+
+    def _fast_unet(self, acting: Sequence[Acting]) -> AbstractContextManager[None]:
+        """Inside, the UNet runs compiled where that is wanted and no adapter acts on it."""
+        if self._compiled is None or any(weight.weight for one in acting for weight in one.unet.values()):
+            return nullcontext()
+        return self._compiled.used()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._base.dtype != torch.float32 and has_float32_adapter(self._base):
             return autocast(self._base)
         return nullcontext()
+
+
+def _canvas(asked: Asked, base: LoadedBase) -> Canvas | None:
+    return canvas_of(asked.source, asked.size(base)) if asked.source else None
+
+
+def _checked(
+    batch: Sequence[Asked], dtype: torch.dtype, done_before: int, steps: int, after_step: AfterStep
+) -> AfterStep:
+    """Return what is called after each step of a pass: it refuses NaN at once, and counts steps over all passes."""
+
+    def check(step: int, count: int, latents: torch.Tensor) -> None:
+        for asked, row in zip(batch, latents, strict=True):
+            if not row.isfinite().all():
+                raise GenerationError(
+                    f"the UNet gave NaN for {asked.texts.prompt!r} in {PRECISION_NAMES[dtype]} at step "
+                    f"{done_before + step} of {steps}; use fp32 or bf16, or a lower adapter weight or guidance scale"
+                )
+        after_step(done_before + step, steps, latents)
+
+    return check

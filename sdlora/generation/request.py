@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,14 @@ from sdlora.generation.step_weights import parse_step_weights
 
 SEED_LIMIT = 2**32
 _Side = Annotated[int, Field(ge=0, le=4096, multiple_of=8)]
+_Strength = Annotated[float, Field(ge=0, le=1)]
+ResizeMode = Literal["just resize", "crop and resize", "resize and fill"]
+"""What a picture of another shape becomes: stretched, cut at its sides, or its edges drawn out."""
+InpaintArea = Literal["whole picture", "only masked"]
+MaskedContent = Literal["original", "fill", "latent noise", "latent nothing"]
+LATENT_UPSCALERS = ("latent", "latent (nearest-exact)", "latent (bicubic)")
+PIXEL_UPSCALERS = ("lanczos", "nearest")
+Tiling = Literal["auto", "on", "off"]
 
 
 class AdapterChoice(Section):
@@ -78,6 +86,40 @@ class GenerationRequest(Section):
     """Which layer of the text encoders counts: 1 the usual one, 2 the one before it."""
     adapters: tuple[AdapterChoice, ...] = ()
     """Adapters that act together."""
+    image: str = ""
+    """A picture to start from instead of noise; where no width and height are given, the result has its size."""
+    strength: _Strength = 0.75
+    """How much of `image` is made anew: 0 nothing, 1 all; so much of the steps runs."""
+    resize: ResizeMode = "just resize"
+    """How an `image` of another shape is brought to width and height."""
+    mask: str = ""
+    """A picture of the shape of `image`: what is white there is painted anew, the rest stays as it is."""
+    mask_blur: Annotated[float, Field(ge=0, le=64)] = 4.0
+    """How wide the mask's border is blurred, in pixels of `image`."""
+    inpaint_area: InpaintArea = "whole picture"
+    """What the model is shown: all of it, or the masked part alone, enlarged to width and height."""
+    masked_padding: Annotated[int, Field(ge=0, le=1024)] = 32
+    """With "only masked": how much around the mask is shown too, in pixels of `image`."""
+    masked_content: MaskedContent = "original"
+    """What is under the mask at first: the picture, its surroundings' colours, noise, or nothing."""
+    hires_scale: Annotated[float, Field(ge=1, le=8)] = 1.0
+    """So many times larger is the picture made in a second pass; 1: no second pass."""
+    hires_steps: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Steps of the second pass; 0: as many as `steps`."""
+    hires_strength: _Strength = 0.7
+    """How much the second pass makes anew."""
+    hires_upscaler: str = "latent"
+    """What enlarges between the passes: latent, latent (nearest-exact), latent (bicubic), lanczos, nearest, or an ESRGAN .safetensors file."""
+    vae_tiling: Tiling = "auto"
+    """Whether the VAE works in tiles, which takes less memory; auto: above 1536 x 1536 pixels, or where memory runs out."""
+
+    @model_validator(mode="after")
+    def _pictures_go_together(self) -> GenerationRequest:
+        if self.mask and not self.image:
+            raise ValueError("mask is given without image; name the picture that it is a mask of")
+        if self.image and self.hires_scale > 1:
+            raise ValueError("hires_scale is for pictures made from noise; with image set width and height instead")
+        return self
 
     @model_validator(mode="after")
     def _every_seed_in_range(self) -> GenerationRequest:
@@ -120,6 +162,47 @@ class UsedAdapter:
 
 
 @dataclass(frozen=True)
+class UsedPicture:
+    """A picture that another was made from: its file's name and SHA-256."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class UsedMask:
+    """What was painted anew."""
+
+    picture: UsedPicture
+    blur: float
+    area: str
+    padding: int
+    content: str
+
+
+@dataclass(frozen=True)
+class UsedStart:
+    """The picture that denoising began with."""
+
+    picture: UsedPicture
+    strength: float
+    resize: str
+    mask: UsedMask | None = None
+
+
+@dataclass(frozen=True)
+class UsedHires:
+    """The second pass, in which the picture was made larger."""
+
+    scale: float
+    steps: int
+    strength: float
+    upscaler: str
+    """A name, or of a file its stem."""
+    upscaler_sha256: str = ""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All that made one picture. On the same device and versions it makes the same pixels again."""
 
@@ -147,6 +230,14 @@ class Recipe:
     template: str = ""
     """The prompt before its choices were made, where it had some."""
     negative_template: str = ""
+    start: UsedStart | None = None
+    """None: pure noise."""
+    hires: UsedHires | None = None
+    """None: no second pass; else width and height are those of the first."""
+    vae_tiling: bool = False
+    """Whether the VAE worked in tiles."""
+    notes: tuple[str, ...] = ()
+    """What should be known of how it came out, a sentence each."""
 
     def to_json(self) -> str:
         """Return the recipe as JSON text."""
@@ -164,7 +255,7 @@ class Recipe:
             raise FormatError(f"not a recipe of sdlora ({where}: {first['msg'].lower()})") from error
         except (ValueError, RecursionError) as error:
             raise FormatError(f"not a recipe of sdlora ({error})") from error
-        newer = _unknown(Recipe, values).union(*(_unknown(UsedAdapter, item) for item in values["adapters"]))
+        newer = _unknown(values, asdict(recipe))
         if newer:
             raise FormatError(
                 f"this recipe, of sdlora {recipe.versions.get('sdlora', 'unknown')[:40]}, says {min(newer)[:40]!r}, which "
@@ -176,6 +267,12 @@ class Recipe:
 _RECIPE = TypeAdapter(Recipe)
 
 
-def _unknown(kind: type[Any], values: dict[str, Any]) -> set[str]:
-    """Return the keys for which a dataclass has no field."""
-    return values.keys() - {item.name for item in fields(kind)}
+def _unknown(values: Any, known: Any) -> set[str]:
+    """Return the keys of a recipe, also within it, that what was understood of it does not have."""
+    if isinstance(known, Mapping) and isinstance(values, Mapping):
+        return set(values.keys() - known.keys()).union(
+            *(_unknown(values[key], known[key]) for key in values.keys() & known)
+        )
+    if isinstance(known, tuple):
+        return set().union(*map(_unknown, values, known))
+    return set()

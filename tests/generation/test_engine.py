@@ -11,7 +11,6 @@ from sdlora.adapters.write import write_adapter
 from sdlora.config import AdapterSection, BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationCancelled, GenerationError, ModelError
 from sdlora.families.base import Conditioning, PictureSize
-from sdlora.families.registry import load_base
 from sdlora.generation import resident
 from sdlora.generation.engine import Engine, refuse_foreign_adapters
 from sdlora.generation.pictures import read_recipe, save_picture
@@ -237,7 +236,7 @@ def test_a_live_adapter_acts_in_every_picture_also_after_errors(tiny_base, adapt
 def test_nan_is_an_error_that_names_prompt_and_precision(engine):
     with torch.no_grad():
         engine.base.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(GenerationError, match="the UNet gave NaN for 'a red ball' in fp32"):
+    with pytest.raises(GenerationError, match="the UNet gave NaN for 'a red ball' in fp32 at step 1 of 3; use fp32"):
         make(engine, ask())
 
 
@@ -278,11 +277,3 @@ def test_an_adapter_of_another_family_is_refused_before_any_work(tiny_base, tiny
     with pytest.raises(ModelError, match=f"the adapter is for {base.family.title}"):
         make(Engine(tiny_base()), ask(adapters=using((str(path), 1.0))))
     refuse_foreign_adapters(BaseSection(path=str(tiny_folder(other))), [str(path)])
-
-
-def test_a_vae_that_overflows_in_fp16_is_an_error_that_names_the_way_out(tiny_folder, shape):
-    base = load_base(BaseSection(path=str(tiny_folder(shape)), precision="fp16"), "cpu")
-    with torch.no_grad():
-        base.vae.half().decoder.conv_out.weight.fill_(60000.0)
-    with pytest.raises(GenerationError, match=r"the VAE gave NaN for 'a red ball'; use fp32 or bf16"):
-        make(Engine(base), ask(steps=1))

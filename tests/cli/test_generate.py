@@ -1,0 +1,109 @@
+"""`sdlora generate` with pictures to start from, and when it is interrupted."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sdlora import read_recipe
+from sdlora.cli import main as cli
+
+
+@pytest.fixture
+def usual(tiny_folder: Any, tmp_path: Path) -> list[str]:
+    return [
+        "generate",
+        "--base",
+        str(tiny_folder("sd1")),
+        "--prompt",
+        "x",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+
+
+def test_the_flags_reach_the_recipe(usual: list[str], tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48), (200, 10, 10)).save(tmp_path / "photo.png")
+    mask = Image.new("L", (64, 48))
+    mask.paste(255, (32, 0, 64, 48))
+    mask.save(tmp_path / "mask.png")
+    flags = ["--image", str(tmp_path / "photo.png"), "--strength", "0.5", "--mask", str(tmp_path / "mask.png")]
+    flags += ["--mask-blur", "0", "--inpaint-area", "only masked", "--masked-padding", "8", "--vae-tiling", "on"]
+    assert cli.main([*usual, *flags]) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    recipe = read_recipe(path)
+    assert recipe.start and recipe.start.mask and recipe.start.strength == 0.5
+    assert (recipe.start.mask.blur, recipe.start.mask.area, recipe.start.mask.padding) == (0, "only masked", 8)
+    with Image.open(path) as made:
+        assert made.size == (64, 48) and made.getpixel((5, 5)) == (200, 10, 10)
+
+
+def test_a_second_pass(usual: list[str], tmp_path: Path) -> None:
+    assert cli.main([*usual, "--hires-scale", "1.5", "--hires-steps", "1", "--hires-upscaler", "lanczos"]) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    with Image.open(path) as made:
+        assert made.size == (96, 96)
+    assert read_recipe(path).hires
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "sentence"),
+    [
+        (["--image", "missing.png"], 1, "DataError: missing.png: cannot be read (No such file or directory)"),
+        (["--mask", "m.png"], 2, "ConfigError: request: mask is given without image"),
+        (["--strength", "1.5"], 2, "ConfigError: request: strength is 1.5"),
+        (["--hires-scale", "2", "--hires-upscaler", "foo"], 2, "ConfigError: hires_upscaler is 'foo'"),
+    ],
+)
+def test_mistakes_are_one_line_before_a_base_is_loaded(
+    usual: list[str], capsys: pytest.CaptureFixture[str], flags: list[str], status: int, sentence: str
+) -> None:
+    assert cli.main([*usual, "--base", "no/such/base", *flags]) == status
+    error = capsys.readouterr().err
+    assert error.startswith(sentence) and error.count("\n") == 1
+
+
+def test_ctrl_c_ends_it_with_one_line_and_nothing_half_written(usual: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sdlora.cli.main", *usual, "--steps", "20", "--count", "500"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    assert "00000-x.png" in running.stdout.readline()  # the next one is on its way
+    time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert error == "interrupted\n"
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"{number:05d}-x.png" for number in range(len(names))]
+    for name in names:
+        assert read_recipe(tmp_path / "out" / name).steps == 20
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo terminal")
+def test_a_terminal_shows_steps_and_the_time_left(usual: list[str]) -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "sdlora.cli.main", *usual, "--steps", "30", "--count", "2"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    running = subprocess.Popen(command, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    said = b""
+    while running.poll() is None or said.count(b"left") == 0:
+        try:
+            said += os.read(master, 65536)
+        except OSError:  # the terminal's other end is closed
+            break
+    os.close(master)
+    assert running.wait(timeout=60) == 0
+    assert b"picture 1 of 2, step " in said and b" of 31" in said and b"0:00:0" in said
+    assert b"00001-x.png" in said
