@@ -17,6 +17,8 @@ RECIPE_KEY = "sdlora"
 INFOTEXT_KEY = "parameters"
 _EMPHASES = {"no norm": "No norm", "ignore": "Ignore", "none": "None"}
 """As AUTOMATIC1111 calls them."""
+_NOISE_SOURCES = {"cpu": "CPU", "cuda": "NV"}
+"""As AUTOMATIC1111 calls them: NV is an NVIDIA device's noise, drawn on the CPU."""
 
 
 def png_info(recipe: Recipe) -> PngInfo:
@@ -55,14 +57,20 @@ def infotext(recipe: Recipe) -> str:
     """Return the text that AUTOMATIC1111 and its relatives write and read under "parameters"."""
     fields: dict[str, str] = {
         "Steps": str(recipe.steps),
-        "Sampler": recipe.scheduler,
+        "Sampler": recipe.sampler or recipe.scheduler,
         "CFG scale": f"{recipe.guidance_scale:g}",
         "Seed": str(recipe.seed),
         "Size": f"{recipe.width}x{recipe.height}",
         "Model hash": recipe.base_sha256[:10],
         "Model": recipe.base,
-        "RNG": recipe.noise_device.upper(),
+        "RNG": _NOISE_SOURCES.get(recipe.noise_device, recipe.noise_device.upper()),
     }
+    if recipe.schedule:
+        fields["Schedule type"] = recipe.schedule
+    if recipe.guidance_rescale:
+        fields["CFG Rescale phi"] = f"{recipe.guidance_rescale:g}"
+    if recipe.scheduler_config.get("rescale_betas_zero_snr"):
+        fields["Noise Schedule"] = "Zero Terminal SNR"
     if recipe.clip_skip > 1:
         fields["Clip skip"] = str(recipe.clip_skip)
     if recipe.emphasis != "original":

@@ -12,11 +12,12 @@ from PIL import Image
 from sdlora.adapters.inject import has_float32_adapter
 from sdlora.errors import GenerationError
 from sdlora.families.base import LoadedBase, PromptStyle, autocast
-from sdlora.families.latent import sampler
-from sdlora.families.schedule import ends_in_pure_noise, zero_snr_sampler
+from sdlora.families.samplers import make_sampler
 from sdlora.generation.asked import Asked
-from sdlora.generation.denoise import AfterStep, denoise
+from sdlora.generation.batches import wants_zero_snr
+from sdlora.generation.denoise import AfterStep, Guidance, denoise
 from sdlora.generation.encoded import EncodedPrompts
+from sdlora.generation.noise import noise_generators
 from sdlora.generation.prompt_plan import encoder_emphasis
 from sdlora.generation.recipes import PRECISION_NAMES, recipe_of
 from sdlora.generation.request import Recipe
@@ -29,25 +30,20 @@ class Renderer:
     def __init__(self, base: LoadedBase, adapters: ResidentAdapters) -> None:
         self._base = base
         self._adapters = adapters
-        self._own_sampler = sampler(base)
 
     def render(
         self, batch: Sequence[Asked], acting: Sequence[Acting], after_step: AfterStep
     ) -> list[tuple[Image.Image, Recipe]]:
         """Return the pictures, each with its recipe. Raises GenerationError for NaN."""
-        scheduler = self._sampler(acting[0].zero_snr)
+        request = batch[0].request
+        zero_snr = wants_zero_snr(self._base, request, acting[0].zero_snr)
+        scheduler = make_sampler(self._base, request.sampler, request.schedule, zero_snr)
         with torch.no_grad(), self._autocast():
             latents = self._denoise(batch, acting, scheduler, after_step)
             return [
                 (self._decode(row, asked), recipe_of(self._base, asked, one.used, scheduler))
                 for asked, one, row in zip(batch, acting, latents, strict=True)
             ]
-
-    def _sampler(self, zero_snr: bool) -> Any:
-        """Return the base's own; for adapters trained so, where the base predicts v, one that begins at pure noise."""
-        if zero_snr and self._base.prediction == "v" and not ends_in_pure_noise(self._base):
-            return zero_snr_sampler(self._base)
-        return self._own_sampler
 
     def _denoise(
         self, batch: Sequence[Asked], acting: Sequence[Acting], scheduler: Any, after_step: AfterStep
@@ -60,8 +56,8 @@ class Renderer:
             scheduler,
             EncodedPrompts(self._base, self._adapters, [asked.plan for asked in batch], acting, style),
             # Noise is drawn on the CPU, so that a seed means the same picture on every device.
-            [torch.Generator().manual_seed(asked.seed) for asked in batch],
-            [asked.request.guidance_scale for asked in batch],
+            noise_generators(request.noise, [asked.seed for asked in batch]),
+            [Guidance(asked.request.guidance_scale, asked.request.guidance_rescale) for asked in batch],
             width=width,
             height=height,
             steps=request.steps,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sdlora.config import Section, validated
 from sdlora.errors import FormatError
+from sdlora.families.sampler_names import SAMPLERS, sampler_and_schedule
 from sdlora.generation.prompt_plan import Emphases
 
 SEED_LIMIT = 2**32
+NoiseSource = Literal["cpu", "cuda"]
+"""As which device noise is drawn."""
+ZeroSnr = Literal["auto", "on", "off"]
 _Side = Annotated[int, Field(ge=0, le=4096, multiple_of=8)]
 
 
@@ -42,6 +46,16 @@ class GenerationRequest(Section):
     """Denoising steps."""
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 7.5
     """How strongly the prompt steers; 1 and less: no negative prompt, half the time."""
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the guided prediction's contrast is brought back to the unguided one's; 0.7 is usual for v-prediction."""
+    sampler: str = ""
+    """Such as "DPM++ 2M" or "Euler a"; left out: the base's own."""
+    schedule: str = ""
+    """How the steps are spaced, such as Karras; left out: the sampler's usual one."""
+    zero_snr: ZeroSnr = "auto"
+    """Whether noise ends in pure noise: auto where base or adapter were trained so; on, off."""
+    noise: NoiseSource = "cpu"
+    """cpu: a seed is the same picture on every device; cuda: the noise that programs drawing on a GPU have."""
     width: _Side = 0
     """Pixels, a multiple of 8; 0: the base's own size."""
     height: _Side = 0
@@ -54,6 +68,35 @@ class GenerationRequest(Section):
     """Which layer of the text encoders counts: 1 the usual one, 2 the one before it."""
     adapters: tuple[AdapterChoice, ...] = ()
     """Adapters that act together."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_as_written_here(cls, values: Any) -> Any:
+        """Put sampler and schedule as `sampler_names` has them; wrong ones stay, for their fields to refuse."""
+        try:
+            sampler, schedule = sampler_and_schedule(values.get("sampler", ""), values.get("schedule", ""))
+        except (ValueError, AttributeError):
+            return values
+        return {**values, "sampler": sampler, "schedule": schedule}
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, sampler: str) -> str:
+        sampler_and_schedule(sampler)
+        return sampler
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule_of_the_sampler(cls, schedule: str, info: ValidationInfo) -> str:
+        if "sampler" in info.data:
+            sampler_and_schedule(info.data["sampler"], schedule)
+        return schedule
+
+    @model_validator(mode="after")
+    def _steps_for_the_sampler(self) -> GenerationRequest:
+        if self.sampler and self.steps > (most := SAMPLERS[self.sampler].most_steps):
+            raise ValueError(f"steps is {self.steps}; the sampler {self.sampler} takes at most {most}")
+        return self
 
     @model_validator(mode="after")
     def _every_seed_in_range(self) -> GenerationRequest:
@@ -109,6 +152,7 @@ class Recipe:
     scheduler: str
     scheduler_config: dict[str, Any]
     noise_device: str
+    """As which device noise was drawn, wherever that was done: cpu or cuda."""
     precision: str
     device: str
     versions: dict[str, str]
@@ -119,6 +163,12 @@ class Recipe:
     template: str = ""
     """The prompt before its choices were made, where it had some."""
     negative_template: str = ""
+    sampler: str = ""
+    """As people call it; "": the base's own."""
+    schedule: str = ""
+    guidance_rescale: float = 0.0
+    zero_snr: ZeroSnr = "auto"
+    """What was asked for; `scheduler_config` tells what ran."""
 
     def to_json(self) -> str:
         """Return the recipe as JSON text."""
