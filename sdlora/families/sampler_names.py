@@ -24,6 +24,8 @@ SCHEDULES: Mapping[str, str] = {
 }
 """Schedule -> what it is."""
 _ANY = tuple(name for name in SCHEDULES if name != AUTOMATIC)
+_ANY_BUT_BETA = tuple(name for name in _ANY if name != "Beta")
+"""For samplers whose second last level is left out: Beta's last two are far apart, and the last step would be too long."""
 _OF_TIMESTEPS = ("DDIM", "Trailing")
 
 
@@ -44,20 +46,24 @@ SAMPLERS: Mapping[str, SamplerTraits] = {
     "DPM++ 2M": SamplerTraits("Karras", "quick and precise, the usual choice (Lu et al. 2022)"),
     "DPM++ 2M SDE": SamplerTraits("Exponential", "the same with new noise in every step"),
     "DPM++ 2M SDE Heun": SamplerTraits("Exponential", "the same by another formula of second order"),
-    "DPM++ 3M SDE": SamplerTraits("Exponential", "of third order; for many steps, 30 and more"),
+    "DPM++ 3M SDE": SamplerTraits("Exponential", "of third order; for many steps, 30 and more", _ANY_BUT_BETA),
     "Euler a": SamplerTraits("Uniform", "new noise in every step; soft, changes with the number of steps"),
     "Euler": SamplerTraits("Uniform", "the simplest (Karras et al. 2022, algorithm 1 without its second order)"),
     "Heun": SamplerTraits(
         "Uniform", "two evaluations a step (Karras et al. 2022, algorithm 1)", begins_at_pure_noise=False
     ),
-    "DPM2": SamplerTraits("Karras", "two evaluations a step, the second half way", begins_at_pure_noise=False),
-    "DPM2 a": SamplerTraits("Karras", "the same with new noise in every step", begins_at_pure_noise=False),
+    "DPM2": SamplerTraits(
+        "Karras", "two evaluations a step, the second half way", _ANY_BUT_BETA, begins_at_pure_noise=False
+    ),
+    "DPM2 a": SamplerTraits(
+        "Karras", "the same with new noise in every step", _ANY_BUT_BETA, begins_at_pure_noise=False
+    ),
     "UniPC": SamplerTraits("SGM Uniform", "corrects each step by the next one; for few steps (Zhao et al. 2023)"),
     "DDIM": SamplerTraits("DDIM", "the first quick sampler (Song et al. 2020)", _OF_TIMESTEPS),
     "PLMS": SamplerTraits(
         "DDIM",
         "what Stable Diffusion 1 came with; one evaluation more than steps",
-        _OF_TIMESTEPS,
+        ("DDIM",),
         begins_at_pure_noise=False,
     ),
     "DDPM": SamplerTraits("DDIM", "new noise in every step, for hundreds of steps (Ho et al. 2020)", _OF_TIMESTEPS),
@@ -158,6 +164,8 @@ def _instead(sampler: str, schedule: str) -> str:
     known = SAMPLERS[sampler].schedules
     if not known:
         return "it has one of its own; leave the schedule out"
+    if schedule == "Beta":
+        return "its last step would be too long; take another schedule, such as Karras"
     return f"it takes {' and '.join(known)}; of the samplers that take {schedule} DPM++ 2M is a good one"
 
 

@@ -23,29 +23,24 @@ _OF_THE_BASE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"
 _KARRAS = {"use_karras_sigmas": True}
 _EXPONENTIAL = {"use_exponential_sigmas": True}
 _TRAILING = {"timestep_spacing": "trailing"}
-_LINSPACE: dict[str, Any] = {}
-_SMOOTH = {
-    "Uniform": _LINSPACE,
-    "Normal": _LINSPACE,
+_ONLY_TRAILING = {"Trailing": _TRAILING}
+_MULTISTEP: Mapping[str, Mapping[str, Any]] = {
+    "SGM Uniform": {},
     "Karras": _KARRAS,
     "Exponential": _EXPONENTIAL,
     "Polyexponential": _EXPONENTIAL,
     "Trailing": _TRAILING,
 }
-_MULTISTEP = {
-    "SGM Uniform": _LINSPACE,
-    "Karras": _KARRAS,
-    "Exponential": _EXPONENTIAL,
-    "Polyexponential": _EXPONENTIAL,
+_LEADING: Mapping[str, Mapping[str, Any]] = {
+    "DDIM": {"timestep_spacing": "leading", "steps_offset": 1},
     "Trailing": _TRAILING,
 }
-_LEADING = {"DDIM": {"timestep_spacing": "leading", "steps_offset": 1}, "Trailing": _TRAILING}
 _DDIM = {"clip_sample": False, "set_alpha_to_one": False}
 _OF_SOME_NOISE = ("DDIM", "Align Your Steps", "Beta")
 """Schedules that do not begin at pure noise, or take most of their steps next to it."""
 
-Table = Callable[[int], np.ndarray]
-"""From a number of steps to the noise levels of the steps."""
+Table = Callable[[int, np.ndarray], np.ndarray]
+"""From a number of steps, and the noise levels that the base was trained at, to the noise levels of the steps."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,11 @@ class _Kind:
 
     scheduler: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    own: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _SMOOTH)
-    """The schedules that the scheduler has itself, with their settings; for others it is given a table."""
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _ONLY_TRAILING)
+    """The schedules that are the scheduler's own, with their settings; for others it is given a table.
+
+    Those of Euler and its relatives begin at the last timestep where only one step is asked for, so they are not used.
+    """
     skips_second_last: bool = False
     """Whether one step more is planned, and the last but one left out, as AUTOMATIC1111 does with some."""
 
@@ -66,16 +64,12 @@ _KINDS = {
     "DPM++ 2M": _Kind(_MULTI, {"algorithm_type": "dpmsolver++"}, _MULTISTEP),
     "DPM++ 2M SDE": _Kind(_MULTI, _SDE, _MULTISTEP),
     "DPM++ 2M SDE Heun": _Kind(_MULTI, _SDE | {"solver_type": "heun"}, _MULTISTEP),
-    "DPM++ 3M SDE": _Kind(
-        _MULTI, _SDE | {"solver_order": 3, "lower_order_final": False}, {"Trailing": _TRAILING}, skips_second_last=True
-    ),
-    "Euler a": _Kind(
-        "EulerAncestralDiscreteScheduler", own={"Uniform": _LINSPACE, "Normal": _LINSPACE, "Trailing": _TRAILING}
-    ),
+    "DPM++ 3M SDE": _Kind(_MULTI, _SDE | {"solver_order": 3, "lower_order_final": False}, skips_second_last=True),
+    "Euler a": _Kind("EulerAncestralDiscreteScheduler"),
     "Euler": _Kind("EulerDiscreteScheduler"),
     "Heun": _Kind("HeunDiscreteScheduler"),
-    "DPM2": _Kind("KDPM2DiscreteScheduler", own={"Trailing": _TRAILING}, skips_second_last=True),
-    "DPM2 a": _Kind("KDPM2AncestralDiscreteScheduler", own={"Trailing": _TRAILING}, skips_second_last=True),
+    "DPM2": _Kind("KDPM2DiscreteScheduler", skips_second_last=True),
+    "DPM2 a": _Kind("KDPM2AncestralDiscreteScheduler", skips_second_last=True),
     "UniPC": _Kind("UniPCMultistepScheduler", {"solver_order": 3}, _MULTISTEP),
     "DDIM": _Kind("DDIMScheduler", _DDIM, _LEADING),
     "PLMS": _Kind("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}, _LEADING),
@@ -120,14 +114,15 @@ def _make(base: LoadedBase, name: str, schedule: str, zero_snr: bool) -> Any:
     scheduler: type[Any] = getattr(diffusers, kind.scheduler)
     if schedule in kind.own:
         return scheduler(**settings, **kind.own[schedule])
-    training = sigmas_of(scheduler(**settings).alphas_cumprod.numpy())
-    return _on_table(scheduler, settings, _table(schedule, training, base, kind.skips_second_last))
+    return _on_table(scheduler, settings, _table(schedule, base, kind.skips_second_last))
 
 
-def settings_of(scheduler: Any) -> dict[str, Any]:
-    """Return the settings of a sampler for a recipe: without the one by which it was given a table of noise levels."""
-    settings = dict(scheduler.config)
-    return settings | {"use_karras_sigmas": False} if getattr(scheduler, "on_table", False) else settings
+def settings_of(made: Any) -> dict[str, Any]:
+    """Return the settings of what `make_sampler` returned, for a recipe, where Karras' schedule is Karras' alone."""
+    settings = dict(made.config)
+    if settings.get("use_karras_sigmas") and schedule_of(made):
+        settings["use_karras_sigmas"] = schedule_of(made) == "Karras"
+    return settings
 
 
 def _refuse_later_beginning(base: LoadedBase, name: str, schedule: str) -> None:
@@ -142,9 +137,10 @@ def _of_base(base: LoadedBase) -> dict[str, Any]:
     return {key: base.scheduler.config[key] for key in _OF_THE_BASE}
 
 
-def _table(schedule: str, training: np.ndarray, base: LoadedBase, skips_second_last: bool) -> Table:
-    def table(steps: int) -> np.ndarray:
-        is_sdxl = base.family.name == "sdxl"
+def _table(schedule: str, base: LoadedBase, skips_second_last: bool) -> Table:
+    is_sdxl = base.family.name == "sdxl"
+
+    def table(steps: int, training: np.ndarray) -> np.ndarray:
         if not skips_second_last:
             return sigma_table(schedule, steps, training, is_sdxl)
         return sigma_table(schedule, steps + 1, training, is_sdxl)[:-1]
@@ -159,15 +155,18 @@ def _on_table(scheduler: type[Any], settings: Mapping[str, Any], table: Table) -
     steps, and of the evaluations between them, itself.
     """
     if "use_karras_sigmas" in inspect.signature(scheduler).parameters:
-        replaced = {"_convert_to_karras": lambda self, in_sigmas, num_inference_steps: table(num_inference_steps)}
-        return type(scheduler.__name__, (scheduler,), {**replaced, "on_table": True})(**settings, **_KARRAS)
+
+        def levels(self: Any, in_sigmas: Any, num_inference_steps: int) -> np.ndarray:
+            return table(num_inference_steps, sigmas_of(self.alphas_cumprod.numpy()))
+
+        return type(scheduler.__name__, (scheduler,), {"_convert_to_karras": levels})(**settings, **_KARRAS)
 
     def set_timesteps(self: Any, num_inference_steps: int, device: Any = None) -> None:
         scheduler.set_timesteps(self, num_inference_steps, device=device)
-        levels = table(num_inference_steps)
-        self.sigmas = torch.from_numpy(np.append(levels, 0.0).astype(np.float32))
         training = sigmas_of(self.alphas_cumprod.numpy())
+        levels = table(num_inference_steps, training)
+        self.sigmas = torch.from_numpy(np.append(levels, 0.0).astype(np.float32))
         timesteps = np.interp(np.log(levels), np.log(training), np.arange(len(training)))
         self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(device)
 
-    return type(scheduler.__name__, (scheduler,), {"set_timesteps": set_timesteps, "on_table": True})(**settings)
+    return type(scheduler.__name__, (scheduler,), {"set_timesteps": set_timesteps})(**settings)

@@ -82,8 +82,8 @@ def _guide(predicted: torch.Tensor, prompts: Sequence[Guide], guidance: Sequence
         difference = row - without[guide.picture]
         guided[guide.picture] = guided[guide.picture] + guidance[guide.picture].scale * guide.weight * difference
         plain[guide.picture] = plain[guide.picture] + guide.weight * difference
-    rescaled = [rescale(*row, one.rescale) for *row, one in zip(guided, plain, guidance, strict=True)]
-    return torch.stack(rescaled)
+    rows = zip(guided, plain, guidance, strict=True)
+    return torch.stack([rescale(pulled, said, one.rescale) for pulled, said, one in rows])
 
 
 def rescale(guided: torch.Tensor, plain: torch.Tensor, share: float) -> torch.Tensor:

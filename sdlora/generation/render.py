@@ -30,6 +30,7 @@ class Renderer:
     def __init__(self, base: LoadedBase, adapters: ResidentAdapters) -> None:
         self._base = base
         self._adapters = adapters
+        self._samplers: dict[tuple[str, str, bool], Any] = {}
 
     def render(
         self, batch: Sequence[Asked], acting: Sequence[Acting], after_step: AfterStep
@@ -37,13 +38,20 @@ class Renderer:
         """Return the pictures, each with its recipe. Raises GenerationError for NaN."""
         request = batch[0].request
         zero_snr = wants_zero_snr(self._base, request, acting[0].zero_snr)
-        scheduler = make_sampler(self._base, request.sampler, request.schedule, zero_snr)
+        scheduler = self._sampler(request.sampler, request.schedule, zero_snr)
         with torch.no_grad(), self._autocast():
             latents = self._denoise(batch, acting, scheduler, after_step)
             return [
                 (self._decode(row, asked), recipe_of(self._base, asked, one.used, scheduler))
                 for asked, one, row in zip(batch, acting, latents, strict=True)
             ]
+
+    def _sampler(self, name: str, schedule: str, zero_snr: bool) -> Any:
+        """Return the sampler, made once: some take longer to make than a step. Each picture begins it anew."""
+        wanted = (name, schedule, zero_snr)
+        if wanted not in self._samplers:
+            self._samplers[wanted] = make_sampler(self._base, *wanted)
+        return self._samplers[wanted]
 
     def _denoise(
         self, batch: Sequence[Asked], acting: Sequence[Acting], scheduler: Any, after_step: AfterStep

@@ -4,7 +4,9 @@ The data are normal numbers of standard deviation 1/2: what is denoised from x a
 flow without noise takes x at the highest sigma to x / 2 / sqrt(1/4 + sigma^2).
 """
 
+import functools
 import inspect
+import itertools
 import math
 
 import numpy as np
@@ -20,6 +22,12 @@ PAIRS = [(name, schedule) for name, traits in SAMPLERS.items() for schedule in t
 WITH_LEVELS = [pair for pair in PAIRS if pair[0] not in ("DDIM", "PLMS", "DDPM")]
 SKIPPING = ("DPM2", "DPM2 a", "DPM++ 3M SDE")
 """Of these the level before the last is left out."""
+
+
+@pytest.fixture(scope="module")
+def make(base):
+    """`make_sampler` of the base; each is made once."""
+    return functools.cache(functools.partial(make_sampler, base))
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +67,8 @@ def sample(sampler, steps: int, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "schedule"), WITH_LEVELS)
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_the_levels_are_the_formulas(base, name, schedule, steps):
-    sampler = make_sampler(base, name, schedule)
+def test_the_levels_are_the_formulas(make, name, schedule, steps):
+    sampler = make(name, schedule)
     sampler.set_timesteps(steps)
     training = sigmas_of(sampler.alphas_cumprod.numpy())
     if name in SKIPPING and schedule != "Trailing":
@@ -68,25 +76,25 @@ def test_the_levels_are_the_formulas(base, name, schedule, steps):
     else:
         expected = sigma_table(schedule, steps, training)
     found = sampler.sigmas.numpy()
-    if len(sampler.timesteps) == 2 * steps - 1 != steps:
+    if type(sampler).__name__.startswith(("Heun", "KDPM2")):
         found = np.concatenate([found[:1], found[1::2]])[: steps + 1]
     assert len(found) == steps + 1 and found[-1] == 0
     # Some samplers round to whole timesteps, so that is where they are compared.
     places = [np.interp(np.log(table), np.log(training), np.arange(1000)) for table in (found[:-1], expected)]
-    np.testing.assert_allclose(*places, atol=0.51 if "Multistep" in type(sampler).__name__ else 0.15)
+    np.testing.assert_allclose(*places, atol=0.51 if "Multistep" in type(sampler).__name__ else 0.01)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "LCM"])
-def test_samplers_find_the_data(base, name):
+def test_samplers_find_the_data(make, name):
     noise = torch.randn(4000, generator=torch.Generator().manual_seed(1)).reshape(1, 4, 25, 40)
-    found = sample(make_sampler(base, name, ""), 50, noise)
+    found = sample(make(name, ""), 50, noise)
     assert found.std().item() == pytest.approx(0.5, abs=0.06)
     assert found.mean().item() == pytest.approx(0, abs=0.03)
 
 
 def heun(x, levels):
     """Karras et al. 2022, algorithm 1 without new noise."""
-    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+    for sigma, following in itertools.pairwise(levels):
         slope = (x - denoised(x, sigma)) / sigma
         there = x + (following - sigma) * slope
         if following > 0:
@@ -97,7 +105,7 @@ def heun(x, levels):
 
 def dpm2(x, levels):
     """The second slope taken half way in the logarithm (Lu et al. 2022, DPM-Solver-2)."""
-    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+    for sigma, following in itertools.pairwise(levels):
         slope = (x - denoised(x, sigma)) / sigma
         if following > 0:
             middle = math.sqrt(sigma * following)
@@ -110,7 +118,7 @@ def dpm2(x, levels):
 def dpm_plus_2m(x, levels):
     """Lu et al. 2022 b, algorithm 2, in x / alpha; the last step of first order."""
     before = None
-    for number, (sigma, following) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for number, (sigma, following) in enumerate(itertools.pairwise(levels)):
         now = target = denoised(x, sigma)
         if before is not None and following > 0:
             r = math.log(levels[number - 1] / sigma) / math.log(sigma / following)
@@ -132,8 +140,8 @@ def dpm_plus_2m(x, levels):
         ("DPM++ 2M", "Align Your Steps", dpm_plus_2m),
     ],
 )
-def test_steps_are_the_papers(base, name, schedule, formula):
-    sampler = make_sampler(base, name, schedule)
+def test_steps_are_the_papers(make, name, schedule, formula):
+    sampler = make(name, schedule)
     found = sample(sampler, 10, torch.ones(1, 1, 1, 1, dtype=torch.float64)).item()
     training = sigmas_of(sampler.alphas_cumprod.numpy())
     count = 11 if name in SKIPPING else 10
