@@ -12,6 +12,7 @@ from sdlora import Engine, History, make_request, save_picture
 from sdlora.cli.base_flags import add_base_flags, base_section
 from sdlora.cli.generate_view import step_bar
 from sdlora.cli.picture_flags import add_picture_flags, picture_settings
+from sdlora.cli.sampler_flags import add_sampler_flags, sampler_values
 from sdlora.errors import ConfigError
 from sdlora.generation.asked import check_pictures
 from sdlora.generation.engine import refuse_foreign_adapters
@@ -33,6 +34,7 @@ def run(arguments: list[str]) -> int:
         count=options.count,
         steps=options.steps,
         guidance_scale=options.guidance_scale,
+        **sampler_values(options),
         emphasis=options.emphasis,
         clip_skip=options.clip_skip,
         wildcards=options.wildcards,
@@ -120,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=1, help=fields["count"])
     parser.add_argument("--steps", type=int, default=25, help=fields["steps"])
     parser.add_argument("--guidance-scale", type=float, default=7.5, help=fields["guidance_scale"])
+    add_sampler_flags(parser)
     parser.add_argument("--emphasis", choices=get_args(Emphases), default="original", help=fields["emphasis"])
     parser.add_argument("--clip-skip", type=int, default=1, help=fields["clip_skip"])
     parser.add_argument("--wildcards", default="", metavar="FOLDER", help=fields["wildcards"])

@@ -13,7 +13,7 @@ from sdlora.families.words import knowing
 from sdlora.generation.asked import Asked
 from sdlora.generation.hires import Hires
 from sdlora.generation.prompt_plan import Emphases
-from sdlora.generation.request import Recipe
+from sdlora.generation.request import GenerationRequest, NoiseSource, Recipe
 from sdlora.generation.resident import Acting
 
 Made = tuple[int, Image.Image, Recipe]
@@ -26,11 +26,14 @@ class Likeness:
 
     size: tuple[int, int]
     steps: int
+    sampler: str
+    schedule: str
+    noise: NoiseSource
     guided: bool
     emphasis: Emphases
     clip_skip: int
     zero_snr: bool
-    """Whether adapters ask for a schedule that ends in pure noise."""
+    """Whether request or adapters ask for a schedule that ends in pure noise."""
     chunks: int
     """Of 75 tokens, in the longest of all its prompts."""
     strength: float | None
@@ -68,16 +71,26 @@ def split_alike(base: LoadedBase, batch: Sequence[Asked], acting: Sequence[Actin
     return list(groups.values())
 
 
+def wants_zero_snr(base: LoadedBase, request: GenerationRequest, by_adapters: bool) -> bool:
+    """Return whether a picture's noise is to end in pure noise: as the request says, else where its adapters ask for it."""
+    if request.zero_snr == "auto":
+        return by_adapters and base.prediction == "v"
+    return request.zero_snr == "on"
+
+
 def likeness(base: LoadedBase, asked: Asked, zero_snr: bool = False) -> Likeness:
     """Return what the picture shares with those of its batch; the base must know its words."""
     request = asked.request
     return Likeness(
         size=asked.size(base),
         steps=request.steps,
+        sampler=request.sampler,
+        schedule=request.schedule,
+        noise=request.noise,
         guided=asked.guided,
         emphasis=request.emphasis,
         clip_skip=request.clip_skip,
-        zero_snr=zero_snr,
+        zero_snr=wants_zero_snr(base, request, zero_snr),
         chunks=chunk_count(base, list(asked.plan.spellings())),
         strength=request.strength if asked.source else None,
         masked=bool(request.mask),

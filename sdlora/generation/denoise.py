@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from sdlora.families.base import Conditioning, LoadedBase, PictureSize
 from sdlora.families.traits import LATENT_CHANNELS
 from sdlora.generation.encoded import Guide
+from sdlora.generation.noise import drawing_noise
 from sdlora.generation.start import Start
 
 AfterStep = Callable[[int, int, torch.Tensor], None]
@@ -36,12 +38,20 @@ class PromptRows(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly a picture's prompts pull, and how far its contrast is brought back afterwards (0 to 1)."""
+
+    scale: float
+    rescale: float = 0.0
+
+
 def denoise(
     base: LoadedBase,
     scheduler: Any,
     encoded: PromptRows,
     generators: Sequence[torch.Generator],
-    guidance_scales: Sequence[float],
+    guidance: Sequence[Guidance],
     *,
     width: int,
     height: int,
@@ -51,13 +61,16 @@ def denoise(
     after_step: AfterStep,
     start: Start | None = None,
 ) -> torch.Tensor:
-    """Return the latents [B,4,h,w] of pictures of `width` x `height` pixels, one generator and one scale each.
+    """Return the latents [B,4,h,w] of pictures of `width` x `height` pixels, one generator and one guidance each.
 
     A guided picture follows n + scale * sum over its prompts p of weight * (p - n), n its negative prompt (Ho and
     Salimans 2022; Liu et al. 2022 for several); one that is not, its one prompt only. With a `start` the last steps
     alone run, and prompts that change begin with it, as in AUTOMATIC1111.
     """
     scheduler.set_timesteps(steps, device=base.device)
+    if hasattr(scheduler, "set_begin_index"):
+        # Else a sampler looks the first timestep up, and of two equal ones, as many small steps have, takes the second.
+        scheduler.set_begin_index(0)
     options = _step_options(scheduler, generators)
     size = PictureSize((height, width), (0, 0), (height, width))
     batch: list[Guide] = []
@@ -74,25 +87,40 @@ def denoise(
         inputs = scheduler.scale_model_input(latents[[guide.picture for guide in batch]], timestep)
         predicted = base.family.predict(base, inputs, timestep, conditioning, [size] * len(batch))
         if guided:
-            predicted = _guide(predicted, batch, guidance_scales)
+            predicted = _guide(predicted, batch, guidance)
         dtype = latents.dtype
-        latents = scheduler.step(predicted, timestep, latents, **options, return_dict=False)[0].to(dtype)
+        with drawing_noise():
+            latents = scheduler.step(predicted, timestep, latents, **options, return_dict=False)[0].to(dtype)
         if start:
             latents = start.kept(scheduler, latents, noise, timesteps[number + 1 :])
         after_step(number + 1, len(timesteps), latents)
     return latents
 
 
-def _guide(predicted: torch.Tensor, batch: Sequence[Guide], scales: Sequence[float]) -> torch.Tensor:
+def _guide(predicted: torch.Tensor, batch: Sequence[Guide], guidance: Sequence[Guidance]) -> torch.Tensor:
     """Return what the prompts make of each picture together, [B,4,h,w]; its negative prompt's row is its first."""
-    guided: list[torch.Tensor] = []
+    guided, plain = list[torch.Tensor](), list[torch.Tensor]()
     for guide, row in zip(batch, predicted, strict=True):
         if guide.weight is None:
             without = row
             guided.append(row)
+            plain.append(row)
         else:
-            guided[-1] = guided[-1] + scales[guide.picture] * guide.weight * (row - without)
-    return torch.stack(guided)
+            difference = guide.weight * (row - without)
+            guided[-1] = guided[-1] + guidance[guide.picture].scale * difference
+            plain[-1] = plain[-1] + difference
+    rows = zip(guided, plain, guidance, strict=True)
+    return torch.stack([rescale(pulled, said, one.rescale) for pulled, said, one in rows])
+
+
+def rescale(guided: torch.Tensor, plain: torch.Tensor, share: float) -> torch.Tensor:
+    """Return `guided` with that share of it at the standard deviation of `plain`, what the prompts say at a scale of 1.
+
+    share * guided * std(plain) / std(guided) + (1 - share) * guided (Lin et al. 2023, eq. 15 and 16).
+    """
+    if share == 0:
+        return guided
+    return share * guided * (plain.std() / guided.std()) + (1 - share) * guided
 
 
 def _noise(
@@ -101,7 +129,8 @@ def _noise(
     """Return the noise of each picture by itself, drawn where its generator is."""
     factor = 2 ** (len(base.vae.config.block_out_channels) - 1)
     shape = (1, LATENT_CHANNELS, height // factor, width // factor)
-    drawn = [torch.randn(shape, generator=one, device=one.device, dtype=dtype) for one in generators]
+    with drawing_noise():
+        drawn = [torch.randn(shape, generator=one, device=one.device, dtype=dtype) for one in generators]
     return torch.cat(drawn).to(base.device)
 
 

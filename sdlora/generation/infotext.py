@@ -12,6 +12,8 @@ from sdlora.generation.start_fields import start_fields
 
 _EMPHASES = {"no norm": "No norm", "ignore": "Ignore", "none": "None"}
 """As AUTOMATIC1111 calls them."""
+_NOISE_SOURCES = {"cpu": "CPU", "cuda": "NV"}
+"""As AUTOMATIC1111 calls them: NV is an NVIDIA device's noise, drawn on the CPU."""
 _NEGATIVE = "Negative prompt:"
 _FEWEST_FIELDS = 3
 """With fewer, the last line is part of the prompt."""
@@ -69,17 +71,21 @@ def infotext(recipe: Recipe) -> str:
 
 
 def _fields(recipe: Recipe) -> dict[str, str]:
-    fields = {"Steps": str(recipe.steps), "Sampler": getattr(recipe, "sampler", "") or recipe.scheduler}
-    if schedule := getattr(recipe, "schedule", ""):
-        fields["Schedule type"] = schedule
+    fields = {"Steps": str(recipe.steps), "Sampler": recipe.sampler or recipe.scheduler}
+    if recipe.schedule:
+        fields["Schedule type"] = recipe.schedule
     fields |= {
         "CFG scale": f"{recipe.guidance_scale:g}",
         "Seed": str(recipe.seed),
         "Size": f"{recipe.width}x{recipe.height}",
         "Model hash": recipe.base_sha256[:10],
         "Model": recipe.base,
-        "RNG": recipe.noise_device.upper(),
+        "RNG": _NOISE_SOURCES.get(recipe.noise_device, recipe.noise_device.upper()),
     }
+    if recipe.guidance_rescale:
+        fields["CFG Rescale phi"] = f"{recipe.guidance_rescale:g}"
+    if recipe.scheduler_config.get("rescale_betas_zero_snr"):
+        fields["Noise Schedule"] = "Zero Terminal SNR"
     fields |= start_fields(recipe)
     if recipe.clip_skip > 1:
         fields["Clip skip"] = str(recipe.clip_skip)

@@ -81,7 +81,7 @@ def _values(recipe: Recipe, number: int, when: datetime) -> dict[str, int | str]
         "seed": recipe.seed,
         "prompt": prompt or "picture",
         "steps": recipe.steps,
-        "sampler": _plain(getattr(recipe, "sampler", "") or recipe.scheduler),
+        "sampler": _plain(recipe.sampler or recipe.scheduler),
         "base": _plain(recipe.base),
         "adapters": _plain("+".join(item.name for item in recipe.adapters)) or "no-adapter",
         "date": f"{when:%Y-%m-%d}",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sdlora.families.base import LoadedBase
+from sdlora.families.samplers import schedule_of, settings_of
 from sdlora.generation.asked import Asked
 from sdlora.generation.request import Recipe, UsedAdapter
 
@@ -38,8 +39,12 @@ def recipe_of(
         base_sha256=base.source.sha256,
         adapters=used,
         scheduler=type(scheduler).__name__,
-        scheduler_config=_plain_settings(scheduler.config),
-        noise_device="cpu",
+        scheduler_config=_plain_settings(settings_of(scheduler)),
+        sampler=request.sampler,
+        schedule=schedule_of(scheduler),
+        guidance_rescale=request.guidance_rescale,
+        zero_snr=request.zero_snr,
+        noise_device=request.noise,
         precision=PRECISION_NAMES[base.dtype],
         emphasis=request.emphasis,
         clip_skip=request.clip_skip,

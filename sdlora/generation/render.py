@@ -12,13 +12,14 @@ from PIL import Image
 from sdlora.adapters.inject import has_float32_adapter
 from sdlora.errors import GenerationError
 from sdlora.families.base import LoadedBase, PromptStyle, autocast
-from sdlora.families.latent import sampler
-from sdlora.families.schedule import ends_in_pure_noise, zero_snr_sampler
+from sdlora.families.samplers import make_sampler
 from sdlora.generation.asked import Asked
-from sdlora.generation.denoise import AfterStep, PromptRows, denoise
+from sdlora.generation.batches import wants_zero_snr
+from sdlora.generation.denoise import AfterStep, Guidance, PromptRows, denoise
 from sdlora.generation.encoded import EncodedPrompts
 from sdlora.generation.inpaint import Canvas, canvas_of
 from sdlora.generation.memory import CompiledUnet, Placement
+from sdlora.generation.noise import noise_generators
 from sdlora.generation.prompt_plan import encoder_emphasis
 from sdlora.generation.recipes import PRECISION_NAMES, recipe_of
 from sdlora.generation.request import Recipe
@@ -38,13 +39,15 @@ class Renderer:
         self._adapters = adapters
         self._placement = placement
         self._compiled = compiled
-        self._own_sampler = sampler(base)
+        self._samplers: dict[tuple[str, str, bool], Any] = {}
 
     def render(
         self, batch: Sequence[Asked], acting: Sequence[Acting], after_step: AfterStep
     ) -> list[tuple[Image.Image, Recipe]]:
         """Return the pictures, each with its recipe. Raises GenerationError for NaN."""
-        scheduler = self._sampler(acting[0].zero_snr)
+        request = batch[0].request
+        zero_snr = wants_zero_snr(self._base, request, acting[0].zero_snr)
+        scheduler = self._sampler(request.sampler, request.schedule, zero_snr)
         vaes = [Vae(self._base, asked.request.vae_tiling, asked.texts.prompt) for asked in batch]
         canvases = [_canvas(asked, self._base) for asked in batch]
         with torch.no_grad(), self._autocast():
@@ -59,11 +62,12 @@ class Renderer:
             for asked, one, vae, canvas, picture in zip(batch, acting, vaes, canvases, pictures, strict=True)
         ]
 
-    def _sampler(self, zero_snr: bool) -> Any:
-        """Return the base's own; for adapters trained so, where the base predicts v, one that begins at pure noise."""
-        if zero_snr and self._base.prediction == "v" and not ends_in_pure_noise(self._base):
-            return zero_snr_sampler(self._base)
-        return self._own_sampler
+    def _sampler(self, name: str, schedule: str, zero_snr: bool) -> Any:
+        """Return the sampler, made once: some take longer to make than a step. Each picture begins it anew."""
+        wanted = (name, schedule, zero_snr)
+        if wanted not in self._samplers:
+            self._samplers[wanted] = make_sampler(self._base, *wanted)
+        return self._samplers[wanted]
 
     def _denoise(
         self,
@@ -79,8 +83,9 @@ class Renderer:
         style = PromptStyle(encoder_emphasis(request.emphasis), request.clip_skip)
         with self._placement.using("text encoders"):
             encoded = EncodedPrompts(self._base, self._adapters, [asked.plan for asked in batch], acting, style)
+        seeds = [asked.seed for asked in batch]
         # Noise is drawn on the CPU, so that a seed means the same picture on every device.
-        generators = [torch.Generator().manual_seed(asked.seed) for asked in batch]
+        generators = noise_generators(request.noise, seeds)
         counts = self._step_counts(scheduler, batch[0])
 
         def one_pass(prompts: PromptRows, number: int, start: Start | None) -> torch.Tensor:
@@ -90,7 +95,7 @@ class Renderer:
                     scheduler,
                     prompts,
                     generators,
-                    [asked.request.guidance_scale for asked in batch],
+                    [Guidance(asked.request.guidance_scale, asked.request.guidance_rescale) for asked in batch],
                     width=size[0],
                     height=size[1],
                     steps=hires.scheduled_steps if hires and number else request.steps,
@@ -117,7 +122,7 @@ class Renderer:
             with self._placement.using("vae"):
                 start = second_start(self._base, hires, vaes, latents, size)
             # The noise of the second pass is the seed's first draw again, as in AUTOMATIC1111.
-            generators = [torch.Generator().manual_seed(asked.seed) for asked in batch]
+            generators = noise_generators(request.noise, seeds)
             latents = one_pass(AtTheEnd(encoded, request.steps), 1, start)
         return latents
 

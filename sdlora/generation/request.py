@@ -7,15 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sdlora.adapters.blocks import parse_block_weights
 from sdlora.config import Section, validated
 from sdlora.errors import FormatError
+from sdlora.families.sampler_names import SAMPLERS, sampler_and_schedule
 from sdlora.generation.prompt_plan import Emphases
 from sdlora.generation.step_weights import parse_step_weights
 
 SEED_LIMIT = 2**32
+NoiseSource = Literal["cpu", "cuda"]
+"""As which device noise is drawn."""
+ZeroSnr = Literal["auto", "on", "off"]
 _Side = Annotated[int, Field(ge=0, le=4096, multiple_of=8)]
 _Strength = Annotated[float, Field(ge=0, le=1)]
 ResizeMode = Literal["just resize", "crop and resize", "resize and fill"]
@@ -74,6 +78,16 @@ class GenerationRequest(Section):
     """Denoising steps."""
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 7.5
     """How strongly the prompt steers; 1 and less: no negative prompt, half the time."""
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the guided prediction's contrast is brought back to the unguided one's; 0.7 is usual for v-prediction."""
+    sampler: str = ""
+    """Such as "DPM++ 2M" or "Euler a"; left out: the base's own."""
+    schedule: str = ""
+    """How the steps are spaced, such as Karras; left out: the sampler's usual one."""
+    zero_snr: ZeroSnr = "auto"
+    """Whether noise ends in pure noise: auto where base or adapter were trained so; on, off."""
+    noise: NoiseSource = "cpu"
+    """cpu: a seed is the same picture on every device; cuda: the noise that programs drawing on a GPU have."""
     width: _Side = 0
     """Pixels, a multiple of 8; 0: the base's own size."""
     height: _Side = 0
@@ -119,6 +133,35 @@ class GenerationRequest(Section):
             raise ValueError("mask is given without image; name the picture that it is a mask of")
         if self.image and self.hires_scale > 1:
             raise ValueError("hires_scale is for pictures made from noise; with image set width and height instead")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_as_written_here(cls, values: Any) -> Any:
+        """Put sampler and schedule as `sampler_names` has them; wrong ones stay, for their fields to refuse."""
+        try:
+            sampler, schedule = sampler_and_schedule(values.get("sampler", ""), values.get("schedule", ""))
+        except (ValueError, AttributeError):
+            return values
+        return {**values, "sampler": sampler, "schedule": schedule}
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, sampler: str) -> str:
+        sampler_and_schedule(sampler)
+        return sampler
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule_of_the_sampler(cls, schedule: str, info: ValidationInfo) -> str:
+        if "sampler" in info.data:
+            sampler_and_schedule(info.data["sampler"], schedule)
+        return schedule
+
+    @model_validator(mode="after")
+    def _steps_for_the_sampler(self) -> GenerationRequest:
+        if self.sampler and self.steps > (most := SAMPLERS[self.sampler].most_steps):
+            raise ValueError(f"steps is {self.steps}; the sampler {self.sampler} takes at most {most}")
         return self
 
     @model_validator(mode="after")
@@ -220,6 +263,7 @@ class Recipe:
     scheduler: str
     scheduler_config: dict[str, Any]
     noise_device: str
+    """As which device noise was drawn, wherever that was done: cpu or cuda."""
     precision: str
     device: str
     versions: dict[str, str]
@@ -238,6 +282,12 @@ class Recipe:
     """Whether the VAE worked in tiles."""
     notes: tuple[str, ...] = ()
     """What should be known of how it came out, a sentence each."""
+    sampler: str = ""
+    """As people call it; "": the base's own."""
+    schedule: str = ""
+    guidance_rescale: float = 0.0
+    zero_snr: ZeroSnr = "auto"
+    """What was asked for; `scheduler_config` tells what ran."""
 
     def to_json(self) -> str:
         """Return the recipe as JSON text."""

@@ -25,6 +25,15 @@ def test_defaults():
         ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"prompt": "x", "guidance_scale": -1}, "guidance_scale is -1"),
         ({"prompt": 5}, "prompt is 5; input should be a valid string"),
+        ({"prompt": "x", "sampler": "Eulr"}, "sampler is 'Eulr'; there is no sampler 'Eulr'; did you mean Euler?"),
+        ({"prompt": "x", "sampler": 5}, "sampler is 5; input should be a valid string"),
+        ({"prompt": "x", "sampler": "Euler", "schedule": "Karas"}, "did you mean Karras?"),
+        ({"prompt": "x", "sampler": "DPM++ 2M Karras", "schedule": "Beta"}, "contradict each other"),
+        ({"prompt": "x", "schedule": "Karras"}, "needs a sampler; name one, such as DPM++ 2M"),
+        ({"prompt": "x", "sampler": "LCM", "steps": 51}, "the sampler LCM takes at most 50"),
+        ({"prompt": "x", "guidance_rescale": 1.5}, "guidance_rescale is 1.5"),
+        ({"prompt": "x", "noise": "gpu"}, "noise is 'gpu'; input should be 'cpu' or 'cuda'"),
+        ({"prompt": "x", "zero_snr": "yes"}, "zero_snr is 'yes'"),
         ({"prompt": "x", "stps": 5}, "unknown key stps; did you mean steps?"),
         ({"prompt": "x", "adapters": [{"path": "a", "weight": 11}]}, "adapters.0.weight is 11"),
         ({"prompt": "x", "adapters": [{"path": "a", "weight": float("inf")}]}, "adapters.0.weight is inf"),
@@ -41,7 +50,15 @@ def test_a_wrong_request_is_refused_in_one_sentence(values, sentence):
     assert len(message) < 300
 
 
+def test_names_of_samplers_are_put_as_they_are_written_here():
+    request = make_request(prompt="x", sampler="dpm++ 2m karras")
+    assert (request.sampler, request.schedule) == ("DPM++ 2M", "Karras")
+    assert make_request(prompt="x", sampler="euler A", schedule="automatic").schedule == ""
+
+
 def test_all_problems_come_at_once():
+    with pytest.raises(ConfigError, match=r"guidance_rescale is 2.*; sampler is 'foo'.*; steps is 0|steps is 0.*'foo'"):
+        make_request(prompt="x", guidance_rescale=2, sampler="foo", steps=0)
     with pytest.raises(ConfigError, match=r"seed is -1.*; steps is 0"):
         make_request(prompt="x", seed=-1, steps=0)
 

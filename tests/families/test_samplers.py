@@ -1,0 +1,207 @@
+"""Samplers against their own formulas, on data whose denoiser and whose result can be worked out.
+
+The data are normal numbers of standard deviation 1/2: what is denoised from x at sigma is x / (1 + 4 sigma^2), and the
+flow without noise takes x at the highest sigma to x / 2 / sqrt(1/4 + sigma^2).
+"""
+
+import functools
+import inspect
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sdlora.errors import ConfigError
+from sdlora.families.sampler_names import AUTOMATIC, SAMPLERS
+from sdlora.families.samplers import make_sampler, schedule_of, settings_of
+from sdlora.families.sigmas import sigma_table, sigmas_of
+
+PAIRS = [(name, schedule) for name, traits in SAMPLERS.items() for schedule in traits.schedules]
+WITH_LEVELS = [pair for pair in PAIRS if pair[0] not in ("DDIM", "PLMS", "DDPM")]
+SKIPPING = ("DPM2", "DPM2 a", "DPM++ 3M SDE")
+"""Of these the level before the last is left out."""
+
+
+@pytest.fixture(scope="module")
+def make(base):
+    """`make_sampler` of the base; each is made once."""
+    return functools.cache(functools.partial(make_sampler, base))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_folder):
+    from sdlora.config import BaseSection
+    from sdlora.families.registry import load_base
+
+    return load_base(BaseSection(path=str(tiny_folder("sd1")), precision="fp32"), "cpu")
+
+
+def denoised(x, sigma):
+    return x / (1 + 4 * sigma**2)
+
+
+def sample(sampler, steps: int, x: torch.Tensor) -> torch.Tensor:
+    """Return what the sampler makes of the noise x with a base that knows the data."""
+    sampler.set_timesteps(steps)
+    if hasattr(sampler, "set_begin_index"):
+        sampler.set_begin_index(0)
+    generator = torch.Generator().manual_seed(0)
+    options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
+    levels = sigmas_of(sampler.alphas_cumprod.numpy())
+    x = x * sampler.init_noise_sigma
+    for timestep in sampler.timesteps:
+        inputs = sampler.scale_model_input(x, timestep)
+        if type(sampler).__name__.startswith(("Euler", "Heun", "KDPM2")):
+            sigma = ((x[0] / inputs[0]) ** 2 - 1).sqrt()
+        elif getattr(sampler, "step_index", None) is not None or hasattr(sampler, "sigmas"):
+            sigma = sampler.sigmas[sampler.step_index or 0]
+        else:
+            sigma = torch.tensor(levels[int(timestep)])
+        noisy = inputs * (1 + sigma**2).sqrt()
+        predicted = (noisy - denoised(noisy, sigma)) / sigma
+        x = sampler.step(predicted.float(), timestep, x, **options, return_dict=False)[0]
+    return x
+
+
+@pytest.mark.parametrize(("name", "schedule"), WITH_LEVELS)
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_the_levels_are_the_formulas(make, name, schedule, steps):
+    sampler = make(name, schedule)
+    sampler.set_timesteps(steps)
+    training = sigmas_of(sampler.alphas_cumprod.numpy())
+    if name in SKIPPING and schedule != "Trailing":
+        expected = sigma_table(schedule, steps + 1, training)[:-1]
+    else:
+        expected = sigma_table(schedule, steps, training)
+    found = sampler.sigmas.numpy()
+    if type(sampler).__name__.startswith(("Heun", "KDPM2")):
+        found = np.concatenate([found[:1], found[1::2]])[: steps + 1]
+    assert len(found) == steps + 1 and found[-1] == 0
+    # Some samplers round to whole timesteps, so that is where they are compared.
+    places = [np.interp(np.log(table), np.log(training), np.arange(1000)) for table in (found[:-1], expected)]
+    np.testing.assert_allclose(*places, atol=0.51 if "Multistep" in type(sampler).__name__ else 0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "LCM"])
+def test_samplers_find_the_data(make, name):
+    noise = torch.randn(4000, generator=torch.Generator().manual_seed(1)).reshape(1, 4, 25, 40)
+    found = sample(make(name, ""), 50, noise)
+    assert found.std().item() == pytest.approx(0.5, abs=0.06)
+    assert found.mean().item() == pytest.approx(0, abs=0.03)
+
+
+def heun(x, levels):
+    """Karras et al. 2022, algorithm 1 without new noise."""
+    for sigma, following in itertools.pairwise(levels):
+        slope = (x - denoised(x, sigma)) / sigma
+        there = x + (following - sigma) * slope
+        if following > 0:
+            slope = (slope + (there - denoised(there, following)) / following) / 2
+        x += (following - sigma) * slope
+    return x
+
+
+def dpm2(x, levels):
+    """The second slope taken half way in the logarithm (Lu et al. 2022, DPM-Solver-2)."""
+    for sigma, following in itertools.pairwise(levels):
+        slope = (x - denoised(x, sigma)) / sigma
+        if following > 0:
+            middle = math.sqrt(sigma * following)
+            there = x + (middle - sigma) * slope
+            slope = (there - denoised(there, middle)) / middle
+        x += (following - sigma) * slope
+    return x
+
+
+def dpm_plus_2m(x, levels):
+    """Lu et al. 2022 b, algorithm 2, in x / alpha; the last step of first order."""
+    before = None
+    for number, (sigma, following) in enumerate(itertools.pairwise(levels)):
+        now = target = denoised(x, sigma)
+        if before is not None and following > 0:
+            r = math.log(levels[number - 1] / sigma) / math.log(sigma / following)
+            target = now + (now - before) / (2 * r)
+        x = following / sigma * x + (1 - following / sigma) * target
+        before = now
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "formula"),
+    [
+        ("Heun", "Uniform", heun),
+        ("Heun", "Beta", heun),
+        ("DPM2", "Karras", dpm2),
+        ("DPM2", "Simple", dpm2),
+        ("DPM++ 2M", "Karras", dpm_plus_2m),
+        ("DPM++ 2M", "KL Optimal", dpm_plus_2m),
+        ("DPM++ 2M", "Align Your Steps", dpm_plus_2m),
+    ],
+)
+def test_steps_are_the_papers(make, name, schedule, formula):
+    sampler = make(name, schedule)
+    found = sample(sampler, 10, torch.ones(1, 1, 1, 1, dtype=torch.float64)).item()
+    training = sigmas_of(sampler.alphas_cumprod.numpy())
+    count = 11 if name in SKIPPING else 10
+    levels = [*sigma_table(schedule, count, training)[:10], 0.0]
+    first = levels[0] if name != "DPM++ 2M" else math.sqrt(1 + levels[0] ** 2)  # the library starts at a variance of 1
+    assert found == pytest.approx(formula(first, levels), rel=2e-3)
+
+
+def test_many_steps_that_share_timesteps_begin_at_the_first(base):
+    for schedule in ("Beta", "Karras"):
+        found = sample(make_sampler(base, "DPM++ 2M", schedule), 300, torch.ones(1, 1, 1, 1)).item()
+        assert found == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_name_means_the_same_whatever_the_base_ships(base):
+    before = dict(base.sampler_config)
+    try:
+        plain = make_sampler(base, "DPM++ 2M", "")
+        base.sampler_config.update(timestep_spacing="leading", thresholding=True, solver_order=3)
+        assert dict(make_sampler(base, "DPM++ 2M", "").config) == dict(plain.config)
+    finally:
+        base.sampler_config.clear()
+        base.sampler_config.update(before)
+
+
+def test_the_schedule_is_told_and_a_table_is_not_called_karras(base):
+    assert schedule_of(make_sampler(base, "DPM++ 2M", "")) == "Karras"
+    assert schedule_of(make_sampler(base, "DPM++ 2M SDE", "")) == "Exponential"
+    assert schedule_of(make_sampler(base, "Euler a", "")) == "Uniform"
+    assert schedule_of(make_sampler(base, "", "")) == ""
+    assert settings_of(make_sampler(base, "Heun", "Karras"))["use_karras_sigmas"] is True
+    assert settings_of(make_sampler(base, "Heun", "Simple"))["use_karras_sigmas"] is False
+    assert type(make_sampler(base, "Heun", "Simple")).__name__ == "HeunDiscreteScheduler"
+
+
+@pytest.mark.parametrize("name", [name for name, traits in SAMPLERS.items() if traits.begins_at_pure_noise])
+def test_a_schedule_that_ends_in_pure_noise_begins_there(tiny_base, name):
+    sampler = make_sampler(tiny_base("sd2"), name, "", zero_snr=True)
+    sampler.set_timesteps(4)
+    assert sampler.alphas_cumprod[-1] < 1e-7
+    assert sampler.timesteps[0] == 999
+    assert schedule_of(sampler) == ("Trailing" if name != "LCM" else AUTOMATIC)
+
+
+def test_what_cannot_begin_at_pure_noise_is_refused(tiny_base, base):
+    v = tiny_base("sd2")
+    with pytest.raises(ConfigError, match=r"ends in pure noise, where the sampler Heun cannot begin; use Euler"):
+        make_sampler(v, "Heun", "", zero_snr=True)
+    with pytest.raises(ConfigError, match=r"which the schedule DDIM is not made for; use Trailing"):
+        make_sampler(v, "DDIM", "DDIM", zero_snr=True)
+    with pytest.raises(ConfigError, match=r"predicts epsilon.*leave zero_snr at auto"):
+        make_sampler(base, "", "", zero_snr=True)
+
+
+def test_a_base_that_was_trained_so_needs_no_telling(tiny_base):
+    from sdlora.families.schedule import rescale_to_zero_snr
+
+    v = tiny_base("sd2")
+    rescale_to_zero_snr(v)
+    sampler = make_sampler(v, "DPM++ 2M", "")
+    assert (schedule_of(sampler), sampler.config.rescale_betas_zero_snr) == ("Trailing", True)
+    with pytest.raises(ConfigError, match="the sampler PLMS cannot begin"):
+        make_sampler(v, "PLMS", "")

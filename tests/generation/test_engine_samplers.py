@@ -1,0 +1,201 @@
+"""Samplers, guidance rescale and noise sources in pictures, against diffusers' own pipelines where they have them."""
+
+import contextlib
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from engine_help import ask, make, pixels, same, using
+
+from sdlora.adapters.write import write_adapter
+from sdlora.errors import ConfigError
+from sdlora.families.sampler_names import SAMPLERS
+from sdlora.generation.denoise import rescale
+from sdlora.generation.engine import Engine
+from sdlora.generation.noise import CudaGenerator, cuda_randn, drawing_noise
+from sdlora.generation.pictures import infotext
+
+STEPS = 4
+LINSPACE = {"timestep_spacing": "linspace"}
+THEIRS = {
+    "Euler": ("EulerDiscreteScheduler", LINSPACE),
+    "Euler a": ("EulerAncestralDiscreteScheduler", LINSPACE),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", LINSPACE | {"use_karras_sigmas": True}),
+    "DPM++ 2M SDE": (
+        "DPMSolverMultistepScheduler",
+        LINSPACE | {"use_exponential_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
+    ),
+    "Heun": ("HeunDiscreteScheduler", LINSPACE),
+    "UniPC": ("UniPCMultistepScheduler", LINSPACE | {"solver_order": 3}),
+    "DDIM": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+}
+"""Sampler -> how their pipeline is set up for it."""
+
+
+@pytest.fixture
+def engine(tiny_base) -> Engine:
+    return Engine(tiny_base())
+
+
+@pytest.fixture
+def theirs(tiny_folder, shape):
+    """`theirs(scheduler, settings, ...)`: the picture of diffusers' own pipeline."""
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder(shape))
+    pipeline.set_progress_bar_config(disable=True)
+    shipped = pipeline.scheduler.config
+
+    def picture(scheduler, settings, generator=None, **options):
+        pipeline.scheduler = getattr(diffusers, scheduler).from_config(shipped, **settings)
+        wanted = {"guidance_scale": 7.5, "width": 64, "height": 64, "num_inference_steps": STEPS, **options}
+        generator = generator or torch.Generator().manual_seed(11)
+        return pixels(pipeline("a red ball", negative_prompt="blue", generator=generator, **wanted).images[0])
+
+    return picture
+
+
+def picture(engine, **values):
+    return make(engine, ask(**{"seed": 11, "steps": STEPS, **values}))[0]
+
+
+def close(one, other) -> bool:
+    return bool(np.abs(one - other).max() <= 1 and np.mean(one != other) < 0.01)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_the_pixels_are_those_of_diffusers_own_pipeline(engine, theirs, name):
+    assert close(picture(engine, sampler=name), theirs(*THEIRS[name]))
+
+
+def test_every_sampler_makes_another_picture_and_its_own_again(engine):
+    own = picture(engine)
+    pictures = {name: picture(engine, sampler=name) for name in SAMPLERS}
+    assert len({made.tobytes() for made in pictures.values()}) == len(SAMPLERS)
+    for name in ("Euler a", "DPM++ 3M SDE", "UniPC"):
+        assert same([picture(engine, sampler=name)], [pictures[name]])
+    assert same([picture(engine)], [own])
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_guidance_rescale_is_that_of_diffusers(engine, theirs, share):
+    found = picture(engine, sampler="Euler", guidance_rescale=share)
+    assert close(found, theirs(*THEIRS["Euler"], guidance_rescale=share))
+    assert not close(found, picture(engine, sampler="Euler"))
+
+
+def test_guidance_rescale_worked_out_by_hand():
+    guided, plain = torch.tensor([[-6.0, 6.0]]), torch.tensor([[-1.0, 3.0]])  # deviations sqrt(72) and sqrt(8)
+    torch.testing.assert_close(rescale(guided, plain, 0.7), torch.tensor([[-3.2, 3.2]]))  # 0.7 * 2 + 0.3 * 6
+    assert rescale(guided, plain, 0.0) is guided
+
+
+@pytest.mark.parametrize("shape", ["sd1"])
+def test_pictures_of_one_batch_have_their_own_noise_and_guidance_rescale(engine):
+    requests = [
+        ask(seed=seed, steps=STEPS, sampler="Euler a", guidance_rescale=share) for seed, share in ((3, 0.0), (4, 0.7))
+    ]
+    for number, image, _ in engine.generate_all(requests, batch_size=2):
+        assert np.abs(pixels(image) - make(engine, requests[number])[0]).max() <= 1
+
+
+@pytest.mark.parametrize("shape", ["sd1"])
+def test_pictures_of_different_samplers_are_made_apart(engine):
+    settings = ({"sampler": "Euler"}, {}, {"sampler": "Euler", "schedule": "Beta"}, {"noise": "cuda"})
+    requests = [ask(seed=3, **values) for values in settings]
+    made = {number: pixels(image) for number, image, _ in engine.generate_all(requests, batch_size=4)}
+    for number, request in enumerate(requests):
+        assert same([made[number]], make(engine, request))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "first", "all_"), [("Euler", 2, 4), ("Heun", 4, 7), ("DPM2 a", 4, 7), ("DPM++ 2M", 2, 4)]
+)
+def test_a_prompt_changes_at_its_step_however_often_the_sampler_evaluates(engine, sampler, first, all_, monkeypatch):
+    seen = []
+    family = type(engine.base.family)
+    predict = family.predict
+
+    def watched(self, base, noisy, timesteps, conditioning, sizes):
+        seen.append(conditioning.states[1].clone())
+        return predict(self, base, noisy, timesteps, conditioning, sizes)
+
+    monkeypatch.setattr(family, "predict", watched)
+    picture(engine, prompt="[a red ball:a blue box:2]", sampler=sampler)
+    assert len(seen) == all_
+    assert [torch.equal(states, seen[0]) for states in seen] == [True] * first + [False] * (all_ - first)
+
+
+def test_noise_of_a_cuda_device_is_drawn_for_the_first_latents_and_in_every_step(engine, theirs, monkeypatch):
+    seen = []
+    family = type(engine.base.family)
+    predict = family.predict
+
+    def watched(self, base, noisy, timesteps, conditioning, sizes):
+        seen.append(noisy[0].clone())
+        return predict(self, base, noisy, timesteps, conditioning, sizes)
+
+    with monkeypatch.context() as context:
+        context.setattr(family, "predict", watched)
+        found = picture(engine, sampler="Euler a", noise="cuda")
+    sigma = 14.6146
+    expected = cuda_randn(11, 0, seen[0].numel()).reshape(seen[0].shape) * sigma / (1 + sigma**2) ** 0.5
+    np.testing.assert_allclose(seen[0].numpy(), expected, rtol=1e-4, atol=1e-5)
+    with drawing_noise():
+        assert close(found, theirs(*THEIRS["Euler a"], generator=CudaGenerator(11)))
+    assert not close(found, picture(engine, sampler="Euler a"))
+
+
+def test_the_recipe_and_the_infotext_tell_what_ran(engine):
+    asked = {"sampler": "dpm++ 2m sde", "guidance_rescale": 0.5, "noise": "cuda"}
+    ((_, recipe),) = engine.generate(ask(**asked))
+    assert (recipe.sampler, recipe.schedule) == ("DPM++ 2M SDE", "Exponential")
+    assert (recipe.guidance_rescale, recipe.noise_device) == (0.5, "cuda")
+    line = infotext(recipe).splitlines()[-1]
+    assert "Sampler: DPM++ 2M SDE, CFG scale: 7.5" in line
+    assert "RNG: NV, Schedule type: Exponential, CFG Rescale phi: 0.5" in line
+    ((_, own),) = engine.generate(ask())
+    assert (own.sampler, own.schedule, own.noise_device) == ("", "", "cpu")
+    assert "Schedule type" not in infotext(own) and "Sampler: PNDMScheduler" in infotext(own)
+    again = ask(sampler=recipe.sampler, schedule=recipe.schedule, guidance_rescale=0.5, noise=recipe.noise_device)
+    assert same(make(engine, again), make(engine, ask(**asked)))
+
+
+@pytest.mark.parametrize("shape", ["sd2"])
+def test_pure_noise_is_begun_with_where_it_is_asked_for(engine, theirs, make_adapter, tmp_path):
+    adapter = make_adapter(engine.base)
+    still = {path: replace(layer, up=torch.zeros_like(layer.up)) for path, layer in adapter.layers.items()}
+    trained_so = replace(adapter, layers=still, metadata={**adapter.metadata, "ss_zero_terminal_snr": "True"})
+    write_adapter(trained_so, tmp_path / "a.safetensors")
+    adapters = using((str(tmp_path / "a.safetensors"), 1.0))
+    trailing = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    expected = theirs("EulerDiscreteScheduler", trailing)
+    for values in ({"zero_snr": "on"}, {"adapters": adapters}):
+        assert close(picture(engine, sampler="Euler", **values), expected)
+    assert same([picture(engine, adapters=adapters, zero_snr="off")], [picture(engine)])
+    ((_, recipe),) = engine.generate(ask(sampler="Euler", zero_snr="on"))
+    assert (recipe.schedule, recipe.zero_snr) == ("Trailing", "on")
+    assert "Noise Schedule: Zero Terminal SNR" in infotext(recipe)
+    with pytest.raises(ConfigError, match="the sampler Heun cannot begin"):
+        picture(engine, sampler="Heun", adapters=adapters)
+
+
+@pytest.mark.parametrize("shape", ["sd1"])
+def test_a_base_that_predicts_epsilon_cannot_begin_at_pure_noise(engine):
+    with pytest.raises(ConfigError, match="predicts epsilon"):
+        picture(engine, zero_snr="on")
+
+
+@pytest.mark.parametrize("shape", ["sd1"])
+@pytest.mark.parametrize("name", ["DPM2 a", "UniPC", "PLMS"])
+def test_a_sampler_begins_anew_after_a_cancelled_picture(engine, name):
+    expected = picture(engine, sampler=name)
+
+    def cancel(progress):
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        make(engine, ask(sampler=name, steps=STEPS), on_step=cancel)
+    assert same([picture(engine, sampler=name)], [expected])
