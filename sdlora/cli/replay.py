@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder below which adapters are looked for by hash (default: runs)",
     )
+    parser.add_argument(
+        "--inputs",
+        default="",
+        metavar="FOLDER",
+        help="folder of what the picture was made from (start, mask, upscaler), where that is not beside it",
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: as the recipe says")
     parser.add_argument("--out", default="", metavar="FOLDER", help="keep the picture made again in this folder")
     parser.add_argument("--show", action="store_true", help="print what the picture says, and make nothing")
@@ -69,6 +75,7 @@ def _is_ours(picture: Path) -> bool:
 def _replay(options: argparse.Namespace, picture: Path) -> int:
     from sdlora import read_recipe, replay
     from sdlora.generation.find_base import base_finder
+    from sdlora.generation.find_input import input_finder
 
     recipe = read_recipe(picture)
     _show(recipe)
@@ -76,7 +83,8 @@ def _replay(options: argparse.Namespace, picture: Path) -> int:
         return 0
     named = _section(options) if options.base else None
     find = base_finder(named, user_path(options.models) if options.models else None, _say_hashing)
-    done = replay(picture, find, _by_hash(options.library), device=options.device)
+    inputs = input_finder([picture.parent, *([user_path(options.inputs)] if options.inputs else [])])
+    done = replay(picture, find, _by_hash(options.library), inputs, device=options.device)
     _keep(options, done, picture)
     for difference in done.differences:
         print(f"not the same: {difference}")

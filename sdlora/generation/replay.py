@@ -18,6 +18,7 @@ from sdlora.errors import PICTURE_DAMAGE, ConfigError, FormatError, GenerationEr
 from sdlora.families.registry import default_device
 from sdlora.generation.engine import Engine, OnStep
 from sdlora.generation.find_base import FindBase
+from sdlora.generation.find_input import FindInput, input_finder, input_settings
 from sdlora.generation.foreign_recipe import without_choices
 from sdlora.generation.picture_texts import SAVED_AS, read_texts
 from sdlora.generation.pictures import Compression, pixel_options, read_recipe
@@ -63,13 +64,14 @@ def replay(
     path: Path | str,
     find_base: FindBase,
     find_adapter: FindAdapter,
+    find_input: FindInput | None = None,
     *,
     device: str | None = None,
     on_step: OnStep | None = None,
 ) -> Replayed:
     """Return the picture of a file made again from its recipe, and how it differs.
 
-    It is made on the kind of device, in the precision and by every setting that the recipe names. A lossy file's picture is
+    Pictures that it was made from are looked for beside it, unless `find_input` says where. It is made on the kind of device, in the precision and by every setting that the recipe names. A lossy file's picture is
     compared after the same compression. Raises FormatError for a file without recipe, ModelError or FormatError for a base
     or an adapter that is not there, GenerationError where it cannot be made.
     """
@@ -77,7 +79,7 @@ def replay(
     then, kept = read_recipe(path), read_pixels(path)
     base = find_base(then)
     places = {item.sha256: find_adapter(item) for item in then.adapters}
-    request = request_of(then, places)
+    request = request_of(then, places, find_input or input_finder([path.parent]))
     engine = Engine(base_section(then, base), device=device or _device_of(then))
     (picture, now), *_ = engine.generate(request, on_step=on_step)
     comparison = compare(kept, _as_saved(picture, path))
@@ -88,14 +90,15 @@ def replay(
 # --- from a recipe to what makes it again -----------------------------------------------------------
 
 
-def request_of(recipe: Recipe, places: Mapping[str, Path]) -> GenerationRequest:
+def request_of(recipe: Recipe, places: Mapping[str, Path], find_input: FindInput) -> GenerationRequest:
     """Return the request for one picture, exactly as the recipe says; `places` has adapters' files by SHA-256.
 
     Every setting that recipes and requests have in common is the recipe's. Choices of the prompts were made. Raises
     GenerationError for a recipe that no request says.
     """
     common = GenerationRequest.model_fields.keys() & {item.name for item in fields(Recipe)}
-    values = {name: getattr(recipe, name) for name in common}
+    values = {name: getattr(recipe, name) for name in common} | {"noise": recipe.noise_device}
+    values |= input_settings(recipe, find_input)
     if recipe.emphasis != "none":  # where everything is text, nothing is chosen
         values |= {name: without_choices(values[name]) for name in ("prompt", "negative_prompt")}
     values["adapters"] = [_choice(item, places[item.sha256]) for item in recipe.adapters]

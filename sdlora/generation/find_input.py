@@ -1,0 +1,64 @@
+"""The files that a picture was made from, its start, its mask and its upscaler, found again by their hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdlora.errors import DataError
+from sdlora.generation.request import Recipe
+from sdlora.storage import sha256_of_file
+
+FindInput = Callable[[str, str], Path]
+"""Returns the file of that name, or of any other, that has that SHA-256; raises SdloraError where there is none."""
+
+
+def input_finder(folders: Sequence[Path]) -> FindInput:
+    """Return what finds files in these folders, not below them: by name first, then among all files by hash."""
+
+    def find(name: str, sha256: str) -> Path:
+        for file in _candidates(folders, name):
+            if sha256_of_file(file) == sha256:
+                return file
+        places = " or ".join(str(folder) for folder in folders)
+        raise DataError(
+            f"the picture was made from {name} (SHA-256 {sha256[:12]}), which is not in {places}; put it there"
+        )
+
+    return find
+
+
+def input_settings(recipe: Recipe, find: FindInput) -> dict[str, Any]:
+    """Return the fields of a request that say what a picture starts from and how it is enlarged."""
+    settings: dict[str, Any] = {"vae_tiling": "on" if recipe.vae_tiling else "off"}
+    if start := recipe.start:
+        image = find(start.picture.name, start.picture.sha256)
+        settings |= {"image": str(image), "strength": start.strength, "resize": start.resize}
+        if mask := start.mask:
+            settings |= {
+                "mask": str(find(mask.picture.name, mask.picture.sha256)),
+                "mask_blur": mask.blur,
+                "inpaint_area": mask.area,
+                "masked_padding": mask.padding,
+                "masked_content": mask.content,
+            }
+    if hires := recipe.hires:
+        upscaler = hires.upscaler
+        if hires.upscaler_sha256:
+            upscaler = str(find(f"{hires.upscaler}.safetensors", hires.upscaler_sha256))
+        settings |= {
+            "hires_scale": hires.scale,
+            "hires_steps": hires.steps,
+            "hires_strength": hires.strength,
+            "hires_upscaler": upscaler,
+        }
+    return settings
+
+
+def _candidates(folders: Sequence[Path], name: str) -> Iterator[Path]:
+    """Yield files, those of that name first; a name never leads out of a folder."""
+    plain = Path(name).name
+    yield from (folder / plain for folder in folders if (folder / plain).is_file())
+    for folder in folders:
+        yield from (file for file in sorted(folder.iterdir()) if file.is_file() and file.name != plain)
