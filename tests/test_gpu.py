@@ -13,6 +13,7 @@ from trained_kinds import KINDS
 
 from sdlora import BaseSection, Engine, RunResult, TrainConfig, make_request, read_adapter, train
 from sdlora.config import OPTIMIZERS
+from sdlora.generation.noise import cuda_randn
 from sdlora.training.events import read_events
 from sdlora.training.loop import TrainingLoop
 
@@ -36,6 +37,14 @@ def acts(config: TrainConfig, result: RunResult, prompt: str = "a ball") -> None
         assert (recipe.precision, recipe.quantize) == (base.precision, base.quantize)
     assert pictures[0] != pictures[1]
     assert engine.weights_sha256() == before
+
+
+def test_noise_as_a_cuda_device_draws_it_is_the_devices_own() -> None:
+    device = torch.Generator("cuda").manual_seed(1234567)
+    for drawn in range(3):
+        expected = torch.randn((1, 4, 64, 64), generator=device, device="cuda").cpu().flatten()
+        found = torch.from_numpy(cuda_randn(1234567, drawn, expected.numel()))
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)
 
 
 def steps_of(result: RunResult) -> list[int]:

@@ -52,7 +52,7 @@ class _Kind:
     own: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _ONLY_TRAILING)
     """The schedules that are the scheduler's own, with their settings; for others it is given a table.
 
-    Those of Euler and its relatives begin at the last timestep where only one step is asked for, so they are not used.
+    Those of Euler and its relatives put a single step at timestep 0, where there is no noise, so they are not used.
     """
     skips_second_last: bool = False
     """Whether one step more is planned, and the last but one left out, as AUTOMATIC1111 does with some."""

@@ -11,7 +11,9 @@ from diffusers import DiffusionPipeline
 from engine_help import ask, make, pixels, same, using
 
 from sdlora.adapters.write import write_adapter
+from sdlora.config import BaseSection
 from sdlora.errors import ConfigError
+from sdlora.families.registry import load_base
 from sdlora.families.sampler_names import SAMPLERS
 from sdlora.generation.denoise import rescale
 from sdlora.generation.engine import Engine
@@ -185,6 +187,15 @@ def test_pure_noise_is_begun_with_where_it_is_asked_for(engine, theirs, make_ada
 def test_a_base_that_predicts_epsilon_cannot_begin_at_pure_noise(engine):
     with pytest.raises(ConfigError, match="predicts epsilon"):
         picture(engine, zero_snr="on")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("shape", ["sd1"])
+def test_samplers_work_in_half_precision(tiny_folder, shape, precision):
+    engine = Engine(load_base(BaseSection(path=str(tiny_folder(shape)), precision=precision), "cpu"))
+    for name in SAMPLERS:
+        ((_, recipe),) = engine.generate(ask(sampler=name, noise="cuda", guidance_rescale=0.5))
+        assert (recipe.sampler, recipe.precision) == (name, precision)
 
 
 @pytest.mark.parametrize("shape", ["sd1"])
