@@ -26,8 +26,13 @@ class Hires:
     """A name, or a file's path."""
 
     def size(self, first: tuple[int, int]) -> tuple[int, int]:
-        """Return width and height of the second pass, multiples of 8, after those of the first."""
+        """Return width and height of the second pass, multiples of 8. Raises ConfigError for more than is possible."""
         width, height = (int(side * self.used.scale + 1e-6) // _STEP * _STEP for side in first)
+        if max(width, height) > MAX_SIDE:
+            raise ConfigError(
+                f"hires_scale {self.used.scale:g} makes {width}x{height} pixels, at most {MAX_SIDE} a side are possible; "
+                "choose a smaller scale"
+            )
         return width, height
 
     @property
@@ -57,16 +62,8 @@ def read_hires(request: GenerationRequest) -> Hires | None:
             raise ConfigError(f"hires_upscaler is {named!r}; expected {known}, or an ESRGAN .safetensors file")
         check_upscaler(path)
         digest = sha256_of_file(path)
-    _check_size(request)
     name = Path(named).stem if digest else named
     steps = request.hires_steps or request.steps
-    return Hires(UsedHires(request.hires_scale, steps, request.hires_strength, name, digest), named)
-
-
-def _check_size(request: GenerationRequest) -> None:
-    side = int(max(request.width, request.height) * request.hires_scale)
-    if side > MAX_SIDE:
-        raise ConfigError(
-            f"hires_scale {request.hires_scale:g} makes a side of {side} pixels, at most {MAX_SIDE} are possible; "
-            "choose a smaller scale"
-        )
+    hires = Hires(UsedHires(request.hires_scale, steps, request.hires_strength, name, digest), named)
+    hires.size((request.width, request.height))  # what is known of it before the base is
+    return hires

@@ -80,6 +80,7 @@ class Renderer:
     ) -> torch.Tensor:
         """Return the latents of the pictures, after a second pass where they have one."""
         request, hires, size = batch[0].request, batch[0].hires, batch[0].size(self._base)
+        larger = hires.size(size) if hires else size
         style = PromptStyle(encoder_emphasis(request.emphasis), request.clip_skip)
         with self._placement.using("text encoders"):
             encoded = EncodedPrompts(self._base, self._adapters, [asked.plan for asked in batch], acting, style)
@@ -118,7 +119,7 @@ class Renderer:
                 )
         latents = one_pass(encoded, 0, start)
         if hires:
-            size = hires.size(size)
+            size = larger
             with self._placement.using("vae"):
                 start = second_start(self._base, hires, vaes, latents, size)
             # The noise of the second pass is the seed's first draw again, as in AUTOMATIC1111.

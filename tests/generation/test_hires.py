@@ -128,7 +128,7 @@ def test_pictures_with_and_without_a_second_pass_are_not_mixed(engine):
     [
         ({"hires_upscaler": "latant"}, ConfigError, "hires_upscaler is 'latant'; expected latent, "),
         ({"hires_upscaler": "missing.safetensors"}, FormatError, "missing.safetensors: cannot be read"),
-        ({"hires_scale": 8, "width": 1024}, ConfigError, "hires_scale 8 makes a side of 8192 pixels, at most 4096"),
+        ({"hires_scale": 8, "width": 1024}, ConfigError, "hires_scale 8 makes 8192x256 pixels, at most 4096"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_step(engine, monkeypatch, values, error, sentence):
@@ -136,6 +136,13 @@ def test_what_cannot_be_is_refused_before_any_step(engine, monkeypatch, values, 
     with pytest.raises(error) as caught:
         make(engine, ask(**hires(**values)))
     assert sentence in str(caught.value)
+
+
+def test_a_size_that_the_base_decides_is_refused_too(engine, monkeypatch):
+    monkeypatch.setattr(engine.base.unet, "forward", lambda *_, **__: pytest.fail("the UNet ran"))
+    engine.base.resolution = 768
+    with pytest.raises(ConfigError, match="hires_scale 8 makes 6144x6144 pixels"):
+        make(engine, ask(hires_scale=8))
 
 
 def test_a_pickle_is_refused(engine, tmp_path):
