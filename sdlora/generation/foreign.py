@@ -21,6 +21,8 @@ __all__ = ["ForeignAdapter", "ForeignRecipe", "ForeignRequest", "foreign_request
 FindAdapter = Callable[[ForeignAdapter], Path | None]
 """Where an adapter that another program used lies here; None: nowhere."""
 _SIZES = ("width", "height")
+_SAMPLING = ("sampler", "schedule")
+_HIRES = ("hires_scale", "hires_steps", "hires_strength", "hires_upscaler")
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ def foreign_request(recipe: ForeignRecipe, find: FindAdapter) -> ForeignRequest:
     left_out = list(recipe.left_out)
     values: dict[str, Any] = {"prompt": recipe.prompt, "negative_prompt": recipe.negative_prompt}
     values["adapters"] = list(_choices(recipe.adapters, find, left_out))
-    groups = [_SIZES, *((name,) for name in recipe.settings if name not in _SIZES)]
-    for group in groups:
+    together = (_SIZES, _SAMPLING, _HIRES)
+    alone = [(name,) for name in recipe.settings if not any(name in group for group in together)]
+    for group in (*together, *alone):
         more = {name: recipe.settings[name] for name in group if name in recipe.settings}
         try:
             make_request(prompt="", **more)

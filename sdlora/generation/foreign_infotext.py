@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdlora.errors import FormatError
 from sdlora.generation.foreign_recipe import ForeignAdapter, ForeignRecipe, as_integer, as_number, without_choices
 from sdlora.generation.infotext import Infotext, parse_infotext
 from sdlora.generation.prompts import parse_tags
+from sdlora.generation.start_fields import UPSCALERS
 
 _SCHEDULES = ("Karras", "Exponential", "Polyexponential", "SGM Uniform", "Uniform", "Beta", "Normal", "Simple")
 """What old versions wrote behind the sampler's name."""
 _EMPHASES = {"Original": "original", "No norm": "no norm", "Ignore": "ignore", "None": "none"}
 _TOLD = {
     "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size-1", "Size-2", "Model", "Model hash", "Clip skip",
-    "Emphasis", "Lora hashes", "TI hashes", "Version", "RNG",
+    "Emphasis", "Lora hashes", "TI hashes", "Version", "RNG", "Noise Schedule", "CFG Rescale phi",
 }  # fmt: skip
+_HIRES_FIELDS = {"hires_scale": "Hires upscale", "hires_strength": "Denoising strength"}
 _OTHERS = 12
 """Fields of extensions that are named one by one."""
 
@@ -60,11 +62,17 @@ def _settings(said: Infotext) -> tuple[dict[str, Any], list[str]]:
         "width": ("Size-1", as_integer),
         "height": ("Size-2", as_integer),
         "clip_skip": ("Clip skip", as_integer),
+        "guidance_rescale": ("CFG Rescale phi", as_number),
     }
     read = {name: parse(fields[key]) for name, (key, parse) in numbers.items() if key in fields}
     unclear = [f"{numbers[name][0]} {fields[numbers[name][0]][:40]!r}" for name, value in read.items() if value is None]
     settings = {name: value for name, value in read.items() if value is not None}
     settings |= _sampler(fields.get("Sampler", ""), fields.get("Schedule type", ""))
+    # What says nothing of it drew on the GPU.
+    settings["noise"] = "cpu" if fields.get("RNG") == "CPU" else "cuda"
+    settings |= _hires(fields)
+    if fields.get("Noise Schedule") == "Zero Terminal SNR":
+        settings["zero_snr"] = "on"
     if emphasis := fields.get("Emphasis"):
         if emphasis in _EMPHASES:
             settings["emphasis"] = _EMPHASES[emphasis]
@@ -81,6 +89,17 @@ def _sampler(name: str, schedule: str) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
+def _hires(fields: Mapping[str, str]) -> dict[str, Any]:
+    """Return the second pass, where it is one that is made here too."""
+    upscaler = next((known for known, name in UPSCALERS.items() if name == fields.get("Hires upscaler")), None)
+    values = {key: as_number(fields.get(name, "")) for key, name in _HIRES_FIELDS.items()}
+    if upscaler is None or not values["hires_scale"]:
+        return {}
+    steps = as_integer(fields.get("Hires steps", ""))
+    found = {**values, "hires_upscaler": upscaler, "hires_steps": steps}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def _hashes(said: Infotext, name: str) -> tuple[str, ...]:
     bare = re.sub("[:,]", "", name)
     return tuple(filter(None, (said.lora_hashes.get(bare), said.hashes.get(f"lora:{name}"))))
@@ -88,9 +107,8 @@ def _hashes(said: Infotext, name: str) -> tuple[str, ...]:
 
 def _left_out(said: Infotext) -> list[str]:
     fields, found = said.fields, []
-    if fields.get("RNG", "GPU") != "CPU":
-        found.append("noise drawn on a GPU, so the picture will be another one")
-    others = [key for key in fields if key not in _TOLD]
+    told = _TOLD | ({*_HIRES_FIELDS.values(), "Hires upscaler", "Hires steps"} if _hires(fields) else set())
+    others = [key for key in fields if key not in told]
     found += [f"{key} {fields[key][:40]}" for key in others[:_OTHERS]]
     if len(others) > _OTHERS:
         found.append(f"{len(others) - _OTHERS} further fields")

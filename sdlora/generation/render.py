@@ -19,7 +19,7 @@ from sdlora.generation.denoise import AfterStep, Guidance, PromptRows, denoise
 from sdlora.generation.encoded import EncodedPrompts
 from sdlora.generation.inpaint import Canvas, canvas_of
 from sdlora.generation.memory import CompiledUnet, Placement
-from sdlora.generation.noise import noise_generators
+from sdlora.generation.noise import drawing_noise, noise_generators
 from sdlora.generation.prompt_plan import encoder_emphasis
 from sdlora.generation.recipes import PRECISION_NAMES, recipe_of
 from sdlora.generation.request import Recipe
@@ -113,7 +113,7 @@ class Renderer:
             contents = [asked.request.masked_content for asked in batch]
             shown = [canvas for canvas in canvases if canvas]
             run = steps_run(request.steps, request.strength)
-            with self._placement.using("vae"):
+            with self._placement.using("vae"), drawing_noise():
                 start = start_at(
                     vaes, shown, contents, generators, encoded.dtype, steps=run, from_noise=request.strength == 1
                 )

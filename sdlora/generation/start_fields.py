@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from sdlora.generation.request import Recipe, UsedMask
 
-_UPSCALERS = {
+UPSCALERS = {
     "latent": "Latent",
     "latent (nearest-exact)": "Latent (nearest-exact)",
     "latent (bicubic)": "Latent (bicubic)",
     "lanczos": "Lanczos",
     "nearest": "Nearest",
 }
+"""As AUTOMATIC1111 calls them."""
 
 
 def start_fields(recipe: Recipe) -> dict[str, str]:
@@ -24,7 +25,7 @@ def start_fields(recipe: Recipe) -> dict[str, str]:
         fields["Denoising strength"] = f"{recipe.hires.strength:g}"
         fields["Hires upscale"] = f"{recipe.hires.scale:g}"
         fields["Hires steps"] = str(recipe.hires.steps)
-        fields["Hires upscaler"] = _UPSCALERS.get(recipe.hires.upscaler, recipe.hires.upscaler)
+        fields["Hires upscaler"] = UPSCALERS.get(recipe.hires.upscaler, recipe.hires.upscaler)
     return fields
 
 

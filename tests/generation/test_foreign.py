@@ -94,13 +94,14 @@ def test_automatic1111(tmp_path):
     assert (recipe.base, recipe.base_hash) == ("v1-5-pruned", "6ce0161689")
     assert recipe.settings == {
         "seed": 123, "steps": 28, "guidance_scale": 6.5, "width": 512, "height": 768, "clip_skip": 2,
-        "sampler": "DPM++ 2M", "schedule": "Karras", "emphasis": "no norm",
+        "sampler": "DPM++ 2M", "schedule": "Karras", "emphasis": "no norm", "noise": "cpu",
+        "hires_scale": 2.0, "hires_upscaler": "latent",
     }  # fmt: skip
     assert recipe.adapters == (
         ForeignAdapter("zorb", 0.8, None, ("aabbccddeeff",)),
         ForeignAdapter("gone", 1.0, 0.5, ("001122334455",)),
     )
-    assert recipe.left_out == ("Hires upscale 2", "Hires upscaler Latent", "tag <hypernet:old:1>")
+    assert recipe.left_out == ("tag <hypernet:old:1>",)
 
 
 def test_a_request_has_what_there_is_and_names_the_rest(tmp_path):
@@ -109,8 +110,15 @@ def test_a_request_has_what_there_is_and_names_the_rest(tmp_path):
     assert (request.width, request.height, request.emphasis) == (512, 768, "no norm")
     assert [(choice.path, choice.weight) for choice in request.adapters] == [("lib/zorb.safetensors", 0.8)]
     assert "adapter gone, which is not in the library" in left_out
-    for name in ("sampler", "schedule"):
-        assert name in GenerationRequest.model_fields or any(what.startswith(name) for what in left_out)
+    assert (request.sampler, request.schedule, request.noise) == ("DPM++ 2M", "Karras", "cpu")
+    assert (request.hires_scale, request.hires_upscaler) == (2.0, "latent")
+
+
+def test_an_upscaler_that_is_not_here_is_left_out_with_its_pass(tmp_path):
+    text = A1111.replace("Hires upscaler: Latent", "Hires upscaler: R-ESRGAN 4x+")
+    recipe = read_foreign(png(tmp_path, parameters=text))
+    assert "hires_scale" not in recipe.settings
+    assert recipe.left_out[:2] == ("Hires upscale 2", "Hires upscaler R-ESRGAN 4x+")
 
 
 def test_choices_in_a_finished_prompt_are_not_made_again(tmp_path):
@@ -139,8 +147,8 @@ def test_old_names_of_samplers_are_taken_apart():
         "schedule": "Karras",
         "width": 64,
         "height": 48,
+        "noise": "cuda",
     }
-    assert "noise drawn on a GPU, so the picture will be another one" in recipe.left_out
 
 
 def test_what_is_no_value_of_a_request_is_left_out():

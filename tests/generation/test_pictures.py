@@ -82,7 +82,7 @@ def test_random_damage_is_refused_or_harmless(picture, recipe, tmp_path):
             read_recipe(path)
         except FormatError:
             refused += 1
-    assert 50 < refused < 400
+    assert refused > 50
 
 
 # --- JPEG and WebP ------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ from PIL import Image
 from sdlora.adapters.write import write_adapter
 from sdlora.assets import TINY_SD
 from sdlora.config import BaseSection
-from sdlora.errors import FormatError, GenerationError, ModelError
+from sdlora.errors import DataError, FormatError, GenerationError, ModelError
 from sdlora.families.detect import detect_base
 from sdlora.families.registry import base_sha256
 from sdlora.generation.engine import Engine
 from sdlora.generation.find_base import base_finder
+from sdlora.generation.find_input import input_finder
 from sdlora.generation.pictures import read_recipe, save_picture
 from sdlora.generation.replay import compare, differences, replay, request_of
 from sdlora.generation.request import Recipe, make_request
@@ -53,7 +54,7 @@ def test_what_differs_is_named(saved, tiny_folder, tmp_path, shape):
     with Image.open(path) as picture:
         pixels = np.array(picture)
     pixels[5, 7, 1] ^= 32
-    old = replace(recipe, device="Some GPU", versions={**recipe.versions, "torch": "1.0"}, noise_device="cuda")
+    old = replace(recipe, device="Some GPU", versions={**recipe.versions, "torch": "1.0"})
     again = save_picture(Image.fromarray(pixels), old, tmp_path / "b.png")
     done = replay(again, base_finder(BaseSection(path=str(tiny_folder(shape)))), lambda _: renamed)
     assert (done.comparison.differing, done.comparison.largest) == (1, 32)
@@ -61,7 +62,6 @@ def test_what_differs_is_named(saved, tiny_folder, tmp_path, shape):
     assert set(done.differences) == {
         f"torch: 1.0 then, {recipe.versions['torch']} now",
         "device: Some GPU then, cpu now",
-        "noise_device: cuda then, cpu now",
         "adapter zorb: name: zorb then, other now",
     }
 
@@ -102,8 +102,39 @@ def test_without_a_name_the_tiny_base_is_tried(recipe):
         base_finder(models=Path("nowhere"))(recipe)
 
 
+def nothing_found(name, sha256):
+    raise AssertionError("it was made from nothing")
+
+
+def test_pictures_made_from_others_and_by_named_samplers_are_made_again(saved, tiny_folder, tmp_path, shape):
+    tiny = base_finder(BaseSection(path=str(tiny_folder(shape))))
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    noisy = np.random.default_rng(1).integers(0, 255, (48, 64, 3), np.uint8)
+    Image.fromarray(noisy).save(inputs / "start.png")
+    Image.fromarray(np.where(np.arange(64) > 30, 255, 0).astype(np.uint8)[None].repeat(48, 0)).save(inputs / "mask.png")
+    pixel = {"image": str(inputs / "start.png"), "mask": str(inputs / "mask.png"), "mask_blur": 1.0, "strength": 0.7}
+    for wanted in (
+        pixel | {"masked_content": "fill", "noise": "cuda", "sampler": "Euler a"},
+        {"hires_scale": 1.5, "hires_upscaler": "lanczos", "sampler": "DPM++ 2M", "width": 32, "height": 32},
+    ):
+        path, file = saved(**wanted)
+        done = replay(path, tiny, lambda _, file=file: file, input_finder([inputs]))
+        assert done.comparison.identical, wanted
+        assert done.differences == ()
+    path, file = saved(**pixel)
+    (inputs / "start.png").rename(path.parent / "elsewhere.png")
+    (inputs / "mask.png").rename(path.parent / "mask.png")
+    assert replay(path, tiny, lambda _: file).comparison.identical  # beside it, by hash
+    (path.parent / "elsewhere.png").unlink()
+    with pytest.raises(DataError, match=r"was made from start\.png \(SHA-256 [0-9a-f]{12}\), which is not in"):
+        replay(path, tiny, lambda _: file)
+
+
 def test_the_request_is_what_the_recipe_says(recipe):
-    request = request_of(replace(recipe, clip_skip=2, emphasis="comfy"), {"cd" * 32: Path("x.safetensors")})
+    request = request_of(
+        replace(recipe, clip_skip=2, emphasis="comfy"), {"cd" * 32: Path("x.safetensors")}, nothing_found
+    )
     assert (request.seed, request.steps, request.guidance_scale) == (41, 20, 6.5)
     assert (request.width, request.height, request.clip_skip, request.emphasis) == (24, 16, 2, "comfy")
     assert request.count == 1 and request.wildcards == ""
@@ -112,13 +143,13 @@ def test_the_request_is_what_the_recipe_says(recipe):
 
 def test_choices_that_the_prompt_still_seems_to_hold_are_not_made(recipe):
     places = {"cd" * 32: Path("x.safetensors")}
-    assert request_of(replace(recipe, prompt="a {b|c}"), places).prompt == "a \\{b|c\\}"
-    assert request_of(replace(recipe, prompt="a {b|c}", emphasis="none"), places).prompt == "a {b|c}"
+    assert request_of(replace(recipe, prompt="a {b|c}"), places, nothing_found).prompt == "a \\{b|c\\}"
+    assert request_of(replace(recipe, prompt="a {b|c}", emphasis="none"), places, nothing_found).prompt == "a {b|c}"
 
 
 def test_a_recipe_that_no_request_says_is_refused_in_one_sentence(recipe):
     with pytest.raises(GenerationError, match=r"the recipe cannot be followed: request: .*steps is 0") as caught:
-        request_of(replace(recipe, steps=0), {"cd" * 32: Path("x.safetensors")})
+        request_of(replace(recipe, steps=0), {"cd" * 32: Path("x.safetensors")}, nothing_found)
     assert "\n" not in str(caught.value)
 
 
