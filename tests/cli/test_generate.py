@@ -41,7 +41,7 @@ def test_the_flags_reach_the_recipe(usual: list[str], tmp_path: Path) -> None:
     flags = ["--image", str(tmp_path / "photo.png"), "--strength", "0.5", "--mask", str(tmp_path / "mask.png")]
     flags += ["--mask-blur", "0", "--inpaint-area", "only masked", "--masked-padding", "8", "--vae-tiling", "on"]
     assert cli.main([*usual, *flags]) == 0
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.png")
     recipe = read_recipe(path)
     assert recipe.start and recipe.start.mask and recipe.start.strength == 0.5
     assert (recipe.start.mask.blur, recipe.start.mask.area, recipe.start.mask.padding) == (0, "only masked", 8)
@@ -51,7 +51,7 @@ def test_the_flags_reach_the_recipe(usual: list[str], tmp_path: Path) -> None:
 
 def test_a_second_pass(usual: list[str], tmp_path: Path) -> None:
     assert cli.main([*usual, "--hires-scale", "1.5", "--hires-steps", "1", "--hires-upscaler", "lanczos"]) == 0
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.png")
     with Image.open(path) as made:
         assert made.size == (96, 96)
     assert read_recipe(path).hires
@@ -84,7 +84,7 @@ def test_ctrl_c_ends_it_with_one_line_and_nothing_half_written(usual: list[str],
     _, error = running.communicate(timeout=60)
     assert running.returncode == 130
     assert error == "interrupted\n"
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert names == [f"{number:05d}-x.png" for number in range(len(names))]
     for name in names:
         assert read_recipe(tmp_path / "out" / name).steps == 20

@@ -155,8 +155,8 @@ def test_the_recipe_and_the_infotext_tell_what_ran(engine):
     assert (recipe.sampler, recipe.schedule) == ("DPM++ 2M SDE", "Exponential")
     assert (recipe.guidance_rescale, recipe.noise_device) == (0.5, "cuda")
     line = infotext(recipe).splitlines()[-1]
-    assert "Sampler: DPM++ 2M SDE, CFG scale: 7.5" in line
-    assert "RNG: NV, Schedule type: Exponential, CFG Rescale phi: 0.5" in line
+    assert "Sampler: DPM++ 2M SDE, Schedule type: Exponential, CFG scale: 7.5" in line
+    assert "RNG: NV, CFG Rescale phi: 0.5" in line
     ((_, own),) = engine.generate(ask())
     assert (own.sampler, own.schedule, own.noise_device) == ("", "", "cpu")
     assert "Schedule type" not in infotext(own) and "Sampler: PNDMScheduler" in infotext(own)

@@ -10,6 +10,7 @@ from PIL import Image
 from upscaler_files import write_upscaler
 
 from sdlora.errors import ConfigError, FormatError
+from sdlora.families.latent import sampler
 from sdlora.generation.engine import Engine
 from sdlora.generation.hires import Hires, read_hires
 from sdlora.generation.pictures import infotext
@@ -60,10 +61,10 @@ def test_latents_are_enlarged_and_noised_with_the_seeds_first_draw(engine, monke
 
     monkeypatch.setattr(render, "denoise", spy)
     noises = []
-    scheduler = engine._renderer._own_sampler
-    real_noise = type(scheduler).add_noise
+    scheduler = type(sampler(engine.base))
+    real_noise = scheduler.add_noise
     monkeypatch.setattr(
-        type(scheduler),
+        scheduler,
         "add_noise",
         lambda self, own, noise, at: noises.append((noise, int(at[0]))) or real_noise(self, own, noise, at),
     )
