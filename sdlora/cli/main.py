@@ -15,6 +15,7 @@ from sdlora.quiet import quiet_libraries
 COMMANDS = {
     "train": "train an adapter on a folder of pictures",
     "generate": "make pictures, with or without adapters",
+    "batch": "make the pictures of a jobs file, hundreds of them, on one GPU or several",
     "app": "open the web page",
     "dataset": "check pictures before a run, write captions, see to the cache",
     "adapter": "adapter files: list, inspect, convert, verify, merge, extract, resize, share, fetch",

@@ -42,9 +42,22 @@ class Asked:
         return self.request.width or base.resolution, self.request.height or base.resolution
 
 
-def asked_pictures(request: GenerationRequest, number: int, find_adapter: FindAdapter | None) -> Iterator[Asked]:
-    """Yield the pictures of a request in the order of their seeds. Raises ConfigError for a tag that names no adapter."""
-    wildcards = read_wildcards(user_path(request.wildcards)) if request.wildcards else NO_WILDCARDS
+def read_folder(folder: str) -> Wildcards:
+    """Return the wildcards of a folder, none of "". Raises ConfigError where it cannot be read."""
+    return read_wildcards(user_path(folder)) if folder else NO_WILDCARDS
+
+
+def asked_pictures(
+    request: GenerationRequest,
+    number: int,
+    find_adapter: FindAdapter | None,
+    read: Callable[[str], Wildcards] = read_folder,
+) -> Iterator[Asked]:
+    """Yield the pictures of a request in the order of their seeds. Raises ConfigError for a tag that names no adapter.
+
+    Whoever asks for many requests may have `read` remember the folders of wildcards.
+    """
+    wildcards = read(request.wildcards)
 
     @functools.cache
     def find(name: str) -> str:

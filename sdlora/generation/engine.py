@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from sdlora.families.base import LoadedBase
 from sdlora.families.detect import family_of
 from sdlora.families.registry import load_base
 from sdlora.families.sources import find_base
-from sdlora.generation.asked import Asked, FindAdapter, asked_pictures
+from sdlora.generation.asked import Asked, FindAdapter, asked_pictures, read_folder
 from sdlora.generation.batches import Made, in_order, regrouped, split_alike
 from sdlora.generation.render import Renderer
 from sdlora.generation.request import GenerationRequest, Recipe
@@ -97,10 +98,11 @@ class Engine:
         Pictures are regrouped into full batches whatever their prompts, seeds, guidance and adapters; what they
         must have in common, such as size and steps, is in `batches.Likeness`. All else is as with `generate`.
         """
+        read = functools.cache(read_folder)
         asked = [
             picture
             for number, request in enumerate(requests)
-            for picture in asked_pictures(request, number, self._find_adapter)
+            for picture in asked_pictures(request, number, self._find_adapter, read)
         ]
         yield from self._make_all(regrouped(self.base, asked, batch_size), len(asked), on_step)
 
