@@ -39,11 +39,6 @@ class Axis:
     field: str
     values: tuple[Any, ...]
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What is written beside the pictures of each value."""
-        return tuple(label(value) for value in self.values)
-
     def put(self, values: Mapping[str, Any], place: int) -> dict[str, Any]:
         """Return a job's values with this axis at one of its places. Raises ConfigError where nothing can be replaced."""
         chosen = self.values[place]
@@ -116,7 +111,7 @@ def grid_points(axes: Sequence[Together], values: Mapping[str, Any]) -> Iterator
         made = dict(values)
         for axis, place in sorted(placed, key=lambda item: item[0].field == REPLACE):
             made = axis.put(made, place)
-        yield made, tuple((axis.name, axis.labels[place]) for axis, place in placed)
+        yield made, tuple((axis.name, label(axis.values[place])) for axis, place in placed)
 
 
 def refuse_doubles(axes: Sequence[Together]) -> None:

@@ -154,10 +154,10 @@ def _draw_plane(plane: Plane, layout: Layout, files: Mapping[str, str], folder: 
     pen.text((_MARGIN, _MARGIN), fit(plane.title, size[0] - 2 * _MARGIN, _LARGE), _INK, font(_LARGE))
     for column, text in enumerate(above):
         at = (left + column * (width + _GAP) + width / 2, top - _GAP / 2)
-        pen.multiline_text(at, text, _INK, font(_SMALL), anchor="md", align="center")
+        pen.text(at, text, _INK, font(_SMALL), anchor="md", align="center")
     for row, text in enumerate(beside):
         at = (left - _GAP, top + row * (height + _GAP) + height / 2)
-        pen.multiline_text(at, text, _INK, font(_SMALL), anchor="rm", align="right")
+        pen.text(at, text, _INK, font(_SMALL), anchor="rm", align="right")
     for (x, y), thumbnail in thumbnails.items():
         across = left + plane.columns.index(x) * (width + _GAP) + (width - thumbnail.width) // 2
         down = top + plane.rows.index(y) * (height + _GAP) + (height - thumbnail.height) // 2
@@ -200,7 +200,7 @@ def _draw_contact(pictures: Sequence[Picture], files: Mapping[str, str], folder:
         name = f"{picture.file.rpartition('/')[2].split('-')[0].removesuffix('.png')}  seed {picture.request.seed}"
         pen.text((left, top + _SIDE + 6), fit(name, _SIDE, _SMALL), _FAINT, font(_SMALL))
         text = _lines(picture.request.prompt, _SIDE, _CAPTION_LINES)
-        pen.multiline_text((left, top + _SIDE + 6 + _LINE), text, _INK, font(_SMALL))
+        pen.text((left, top + _SIDE + 6 + _LINE), text, _INK, font(_SMALL))
     return sheet
 
 
