@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sdlora.cli.generate import _parser as generate_parser
 from sdlora.cli.train import parse_arguments
 from sdlora.config import TrainConfig, field_descriptions, require_complete, setting_at
 from sdlora.generation.grid import parse_axis
+from sdlora.generation.jobs import read_jobs
 
 ROOT = Path(__file__).parents[1]
 FORMATS = ROOT / "docs" / "formats.md"
@@ -96,6 +98,15 @@ def test_commands_shown_are_understood(document: str, words: list[str], monkeypa
             config = parse_arguments(arguments)
             require_complete(config)
             assert config.output.folder.startswith("runs/")
+
+
+@pytest.mark.parametrize(("name", "count"), [("jobs.txt", 3), ("jobs.csv", 2), ("jobs.jsonl", 1), ("jobs.toml", 17)])
+def test_jobs_files_shown_are_understood(name: str, count: int, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    shown = re.search(rf"^`{name}`:.*?\n\n((?:    .*\n|\n)+)", text, re.M)
+    assert shown
+    (tmp_path / name).write_text(textwrap.dedent(shown[1]), encoding="utf-8")
+    assert len(read_jobs(tmp_path / name, {}, find_adapter=Path)) == count
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

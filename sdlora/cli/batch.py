@@ -38,6 +38,8 @@ def run(arguments: list[str]) -> int:
     if options.measure and not options.dry_run:
         raise ConfigError("--measure belongs to --dry-run, which tells what a batch would take")
     ranks = Ranks(on_cpu=options.device == "cpu")
+    if ranks.count > 1 and options.device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device is {options.device!r}; launched processes are given a device each, leave it out")
     try:
         return _run(options, ranks)
     finally:

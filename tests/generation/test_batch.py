@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,20 @@ def test_a_picture_whose_line_was_lost_is_known_by_its_recipe(
     assert standing(plan, out).pending == ()
     assert sorted(line["file"] for line in manifest(out)) == sorted(files)
     assert manifest(out)[0]["adapters"][0]["name"] == "a0"
+
+
+@pytest.mark.parametrize("shape", ["sd1"])
+def test_halves_of_files_that_a_kill_left_are_cleared_away(base: BaseSection, tmp_path: Path) -> None:
+    plan = plan_of(base, {}, folder=tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, age in ((".writing-old.png", 3600), (".writing-new.png", 0), ("mine.png", 3600)):
+        (out / name).touch()
+        os.utime(out / name, (time.time() - age,) * 2)
+    standing(plan, out, settled=False)
+    assert len(list(out.iterdir())) == 3
+    standing(plan, out)
+    assert sorted(path.name for path in out.iterdir()) == [".writing-new.png", "mine.png"]
 
 
 @pytest.mark.parametrize("shape", ["sd1"])
