@@ -37,6 +37,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/train_step.py --models tiny --busy --steps-tiny 4 --rounds 1 --out benchmarks/results
 	$(BIN)/python benchmarks/train_step.py --models tiny --file-pixels 3464 --out benchmarks/results
 	$(BIN)/python benchmarks/generate.py --out benchmarks/results
+	$(BIN)/python benchmarks/mixed.py --out benchmarks/results
 	$(BIN)/python benchmarks/base_memory.py --out benchmarks/results
 	$(BIN)/python benchmarks/data.py --out benchmarks/results
 	$(BIN)/python benchmarks/buckets.py --out benchmarks/results

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,12 @@ import round_trips
 from round_trips import KINDS, key_sets_table, round_trips_row, round_trips_table
 
 from sdlora.adapters.file import AdapterFile, read_adapter
+from sdlora.cli.batch import _parser as batch_parser
 from sdlora.cli.generate import _parser as generate_parser
 from sdlora.cli.train import parse_arguments
 from sdlora.config import TrainConfig, field_descriptions, require_complete, setting_at
+from sdlora.generation.grid import parse_axis
+from sdlora.generation.jobs import read_jobs
 
 ROOT = Path(__file__).parents[1]
 FORMATS = ROOT / "docs" / "formats.md"
@@ -44,7 +48,7 @@ def commands(document: Path) -> list[list[str]]:
     """The sdlora command lines shown in a document, as words."""
     text = re.sub(r"\s*\\\n\s*", " ", document.read_text(encoding="utf-8"))
     lines = re.findall(
-        r"^    (?:.*?)((?:sdlora (?:train|generate|app)|accelerate launch train/train_lora\.py) .*)$", text, re.M
+        r"^    (?:.*?)((?:sdlora (?:train|generate|batch|app)|accelerate launch train/train_lora\.py) .*)$", text, re.M
     )
     return [shlex.split(re.split(r"\s{4,}", line)[0]) for line in lines]
 
@@ -84,12 +88,25 @@ def test_commands_shown_are_understood(document: str, words: list[str], monkeypa
     monkeypatch.chdir(ROOT)
     if words[:2] == ["sdlora", "generate"]:
         assert generate_parser().parse_args(words[2:]).prompt
+    elif words[:2] == ["sdlora", "batch"]:
+        options = batch_parser().parse_args(words[2:])
+        assert options.jobs or options.prompt
+        assert all(parse_axis(text).values for text in options.grid)
     elif words[:2] == ["sdlora", "train"] or words[0] == "accelerate":
         arguments = words[2:] if words[0] == "sdlora" else words[3:]
         if arguments[1:2] != ["run.toml"]:
             config = parse_arguments(arguments)
             require_complete(config)
             assert config.output.folder.startswith("runs/")
+
+
+@pytest.mark.parametrize(("name", "count"), [("jobs.txt", 3), ("jobs.csv", 2), ("jobs.jsonl", 1), ("jobs.toml", 17)])
+def test_jobs_files_shown_are_understood(name: str, count: int, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    shown = re.search(rf"^`{name}`:.*?\n\n((?:    .*\n|\n)+)", text, re.M)
+    assert shown
+    (tmp_path / name).write_text(textwrap.dedent(shown[1]), encoding="utf-8")
+    assert len(read_jobs(tmp_path / name, {}, find_adapter=Path)) == count
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -9,7 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "quiet", "assets", "diffusion", "headers", "storage", "config", "sqlite_index"}
+GROUND = {"errors", "quiet", "assets", "diffusion", "headers", "storage", "config", "sqlite_index", "lettering"}
 SHARED = GROUND | {"families", "data", "adapters"}
 # Each part of the program and the parts it may import, itself aside. "sdlora" is the package's public names.
 ALLOWED: dict[str, set[str]] = {
@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "quiet": set(),
     "assets": set(),
     "diffusion": set(),
+    "lettering": set(),
     "headers": {"errors"},
     "storage": {"errors", "headers"},
     "sqlite_index": {"errors"},

@@ -6,19 +6,16 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import get_args
 
 from sdlora import Engine, History, make_request, save_picture
 from sdlora.cli.base_flags import add_base_flags, base_section
 from sdlora.cli.generate_view import step_bar
-from sdlora.cli.picture_flags import add_picture_flags, picture_settings
-from sdlora.cli.sampler_flags import add_sampler_flags, sampler_values
+from sdlora.cli.request_flags import add_request_flags, request_values
 from sdlora.errors import ConfigError
 from sdlora.generation.asked import check_pictures
 from sdlora.generation.engine import refuse_foreign_adapters
 from sdlora.generation.picture_names import DEFAULT_TEMPLATE, FIELDS, check_template, picture_path
 from sdlora.generation.pictures import check_compression
-from sdlora.generation.prompt_plan import Emphases
 from sdlora.generation.request import GenerationRequest
 from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable
@@ -27,22 +24,7 @@ from sdlora.storage import check_writable
 def run(arguments: list[str]) -> int:
     """Make the pictures that the command line asks for; returns the exit status."""
     options = _parser().parse_args(arguments)
-    request = make_request(
-        prompt=options.prompt,
-        negative_prompt=options.negative_prompt,
-        seed=options.seed,
-        count=options.count,
-        steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        **sampler_values(options),
-        emphasis=options.emphasis,
-        clip_skip=options.clip_skip,
-        wildcards=options.wildcards,
-        width=options.width,
-        height=options.height,
-        adapters=[parse_adapter(text) for text in options.adapter],
-        **picture_settings(options),
-    )
+    request = make_request(**request_values(options))
     check_pictures(request)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}; expected 1 or more")
@@ -86,49 +68,11 @@ def _generate(options: argparse.Namespace, request: GenerationRequest, folder: P
     return 0
 
 
-def parse_adapter(text: str) -> dict[str, object]:
-    """Return path and weight of "FILE" or "FILE:WEIGHT". A colon that is followed by no number is the path's."""
-    path, colon, weight = text.rpartition(":")
-    if colon:
-        try:
-            return {"path": path, "weight": float(weight)}
-        except ValueError:
-            if Path(text).suffix != ".safetensors" and Path(path).suffix == ".safetensors":
-                raise ConfigError(f"--adapter {text}: {weight!r} is no weight; expected FILE or FILE:0.8") from None
-    return {"path": text, "weight": 1.0}
-
-
 def _parser() -> argparse.ArgumentParser:
-    fields = {name: info.description for name, info in GenerationRequest.model_fields.items()}
     parser = argparse.ArgumentParser(prog="sdlora generate", description="Make pictures, with or without adapters.")
     add_base_flags(parser)
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the GPU where there is one")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="FILE[:WEIGHT]",
-        help="adapter file and weight (default 1); several times for several",
-    )
-    parser.add_argument(
-        "--library",
-        default="runs",
-        metavar="FOLDER",
-        help="where <lora:NAME:0.8> in a prompt is looked up (default: runs)",
-    )
-    parser.add_argument("--prompt", required=True, help=fields["prompt"])
-    parser.add_argument("--negative-prompt", default="", help=fields["negative_prompt"])
-    parser.add_argument("--seed", type=int, default=0, help=fields["seed"])
-    parser.add_argument("--count", type=int, default=1, help=fields["count"])
-    parser.add_argument("--steps", type=int, default=25, help=fields["steps"])
-    parser.add_argument("--guidance-scale", type=float, default=7.5, help=fields["guidance_scale"])
-    add_sampler_flags(parser)
-    parser.add_argument("--emphasis", choices=get_args(Emphases), default="original", help=fields["emphasis"])
-    parser.add_argument("--clip-skip", type=int, default=1, help=fields["clip_skip"])
-    parser.add_argument("--wildcards", default="", metavar="FOLDER", help=fields["wildcards"])
-    parser.add_argument("--width", type=int, default=0, help=fields["width"])
-    parser.add_argument("--height", type=int, default=0, help=fields["height"])
-    add_picture_flags(parser)
+    add_request_flags(parser)
     parser.add_argument("--out", default="outputs", help="folder for the pictures (default: outputs)")
     parser.add_argument(
         "--name",

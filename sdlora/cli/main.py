@@ -15,6 +15,7 @@ from sdlora.quiet import quiet_libraries
 COMMANDS = {
     "train": "train an adapter on a folder of pictures",
     "generate": "make pictures, with or without adapters",
+    "batch": "make the pictures of a jobs file, hundreds of them, on one GPU or several",
     "upscale": "make pictures larger by an ESRGAN file",
     "replay": "make a picture again from its recipe, and compare",
     "history": "find pictures by what made them, and rate them",

@@ -85,7 +85,6 @@ def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtyp
         tokenizers = checkpoint_tokenizers(section, family, facts.path, weights.configs)
     else:
         tokenizers = folder_tokenizers(facts.path, family)
-    digest = base_sha256(facts)
     unet = skeleton(UNet2DConditionModel, weights, "unet")
 
     def fill_unet() -> None:
@@ -104,7 +103,7 @@ def _assemble(section: BaseSection, facts: BaseFacts, device: torch.device, dtyp
 
     index = weights.configs / "model_index.json"
     parts = BaseParts(
-        source=BaseSource(section.path, facts.path, digest),
+        source=BaseSource(section.path, facts.path, base_sha256(facts)),
         unet=unet,
         fill_unet=fill_unet,
         vae=_load_vae(family, weights, device, dtype),
@@ -255,6 +254,26 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32
+
+
+def section_sha256(section: BaseSection) -> str:
+    """Return the SHA-256 by which recipes know the base that `section` names, without loading it.
+
+    Raises ModelError or FormatError for anything that is no usable base.
+    """
+    return base_sha256(detect_base(find_base(section), section.variant))
+
+
+def usual_side(section: BaseSection) -> int:
+    """Return the side in pixels at which the base makes pictures, as its description tells without loading it."""
+    facts = detect_base(find_base(section), section.variant)
+    configs = stored_weights(section, facts).configs
+    unet, vae = (configs / part / "config.json" for part in ("unet", "vae"))
+    size = read_json(unet).get("sample_size") if unet.is_file() else None
+    if isinstance(size, int) and vae.is_file():
+        factor: int = 2 ** (len(read_json(vae).get("block_out_channels", "1234")) - 1)
+        return size * factor
+    return FAMILIES[facts.family.name].resolutions[facts.prediction or "epsilon"]
 
 
 def base_sha256(facts: BaseFacts) -> str:

@@ -54,14 +54,24 @@ def check_pictures(request: GenerationRequest) -> None:
     read_hires(request)
 
 
-def asked_pictures(request: GenerationRequest, number: int, find_adapter: FindAdapter | None) -> Iterator[Asked]:
+def read_folder(folder: str) -> Wildcards:
+    """Return the wildcards of a folder, none of "". Raises ConfigError where it cannot be read."""
+    return read_wildcards(user_path(folder)) if folder else NO_WILDCARDS
+
+
+def asked_pictures(
+    request: GenerationRequest,
+    number: int,
+    find_adapter: FindAdapter | None,
+    read: Callable[[str], Wildcards] = read_folder,
+) -> Iterator[Asked]:
     """Yield the pictures of a request in the order of their seeds.
 
     Raises ConfigError for a tag that names no adapter, DataError and FormatError for a picture or upscaler that cannot
-    be used.
+    be used. Whoever asks for many requests may have `read` remember the folders of wildcards.
     """
     source, hires = read_source(request), read_hires(request)
-    wildcards = read_wildcards(user_path(request.wildcards)) if request.wildcards else NO_WILDCARDS
+    wildcards = read(request.wildcards)
 
     @functools.cache
     def find(name: str) -> str:

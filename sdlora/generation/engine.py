@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -15,7 +16,7 @@ from sdlora.errors import GenerationError
 from sdlora.families.base import LoadedBase
 from sdlora.families.detect import family_of
 from sdlora.families.sources import find_base
-from sdlora.generation.asked import Asked, FindAdapter, asked_pictures
+from sdlora.generation.asked import Asked, FindAdapter, asked_pictures, read_folder
 from sdlora.generation.batches import Made, in_order, regrouped, split_alike
 from sdlora.generation.memory import CompiledUnet, Offload, Placement, lay_channels_last, load_for
 from sdlora.generation.preview import latent_colours
@@ -115,10 +116,11 @@ class Engine:
         Pictures are regrouped into full batches whatever their prompts, seeds, guidance and adapters; what they
         must have in common, such as size and steps, is in `batches.Likeness`. All else is as with `generate`.
         """
+        read = functools.cache(read_folder)
         asked = [
             picture
             for number, request in enumerate(requests)
-            for picture in asked_pictures(request, number, self._find_adapter)
+            for picture in asked_pictures(request, number, self._find_adapter, read)
         ]
         watch = Watch(self.base, self._colours, len(asked), on_step, should_stop, in_unet=self._stops_in_unet)
         yield from self._make_all(regrouped(self.base, asked, batch_size), watch)

@@ -55,6 +55,17 @@ def test_generate_measures_pictures_and_adapters(base: Path, tmp_path: Path) -> 
     assert job["operations"] > 0 and job["floor_seconds"] >= 0 and job["peak_gb"] > 0.1
 
 
+def test_mixed_measures_batches_of_several_adapters(base: Path, tmp_path: Path) -> None:
+    options = ["--turns", "1", "--each", "1", "--denoising-steps", "1", "--threads", "1"]
+    (job,) = run("mixed.py", base, tmp_path, *options)["runs"]
+    seconds = job["seconds"]
+    assert set(seconds) == {"mixed", "one", "mixed_read_anew", "diffusers"}
+    assert job["mixed_pictures_per_second"] == pytest.approx(8 / seconds["mixed"][0], abs=1e-3)
+    assert job["mixed_to_one"] == pytest.approx(seconds["one"][0] / seconds["mixed"][0], abs=1e-4)
+    anew = seconds["diffusers"][0] / seconds["mixed_read_anew"][0]
+    assert job["mixed_read_anew_to_diffusers"] == pytest.approx(anew, abs=1e-4)
+
+
 def test_operations_grow_with_the_picture_and_leave_out_frozen_weights(base: Path) -> None:
     small = train_step.count_operations(str(base), 64, 4)
     large = train_step.count_operations(str(base), 128, 4)

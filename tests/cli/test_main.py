@@ -15,9 +15,9 @@ from sdlora import AdapterFile, read_adapter, read_recipe
 from sdlora.adapters.layers import LoraLayer
 from sdlora.adapters.write import write_adapter
 from sdlora.cli import main as cli
-from sdlora.cli.generate import parse_adapter
 from sdlora.cli.train import parse_arguments
 from sdlora.errors import ConfigError
+from sdlora.generation.adapter_text import parse_adapter
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

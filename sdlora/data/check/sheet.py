@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from sdlora.data.check.checking import Report
 from sdlora.data.check.drawing import draw_all
 from sdlora.data.check.findings import Finding, Severity
 from sdlora.data.check.picture import Picture
 from sdlora.data.check.report import verdict
+from sdlora.lettering import fit, font, wrap
 from sdlora.storage import atomic_path
 
 COLUMNS, ROWS, MOST_SHEETS = 5, 6, 10
@@ -21,7 +21,6 @@ _SMALL, _LINE, _CAPTION_LINES, _BADGE_LINES = 13, 18, 4, 2
 _HEAD = 120
 _PAPER, _INK, _FAINT, _TILE, _FINE = "#fafaf9", "#1c1917", "#78716c", "#e7e5e4", "#15803d"
 _COLOURS: dict[Severity, str] = {"error": "#b91c1c", "warning": "#a16207", "note": "#1d4ed8"}
-_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "arial.ttf")
 
 
 def write_sheets(report: Report, path: Path) -> list[Path]:
@@ -82,14 +81,14 @@ def _draw_sheet(report: Report, numbers: list[int], found: dict[int, list[Findin
     pen = ImageDraw.Draw(sheet)
     colours = (_INK, _FINE if report.ok else _COLOURS["error"], _FAINT)
     for line, (text, size, colour) in enumerate(zip(head, (22, 16, 14), colours, strict=True)):
-        pen.text((_MARGIN, _MARGIN + 32 * line), _fit(text, width - 2 * _MARGIN, size), fill=colour, font=_font(size))
+        pen.text((_MARGIN, _MARGIN + 32 * line), fit(text, width - 2 * _MARGIN, size), fill=colour, font=font(size))
     for place, (drawn, lines) in enumerate(zip(draw_all(pictures, _SIDE, lambda drawn: drawn), texts, strict=True)):
         left, top = _MARGIN + place % COLUMNS * (_SIDE + _GAP), tops[place // COLUMNS]
         pen.rectangle((left - 1, top - 1, left + _SIDE, top + _SIDE), fill=_TILE)
         sheet.paste(drawn, (left + (_SIDE - drawn.width) // 2, top + (_SIDE - drawn.height) // 2))
         for number, (text, colour) in enumerate(lines):
             at = (left, top + _SIDE + 8 + number * _LINE)
-            pen.text(at, _fit(text, _SIDE, _SMALL), fill=colour, font=_font(_SMALL))
+            pen.text(at, fit(text, _SIDE, _SMALL), fill=colour, font=font(_SMALL))
     return sheet
 
 
@@ -97,7 +96,7 @@ def _lines_below(number: int, picture: Picture, found: list[Finding]) -> list[tu
     """Return the lines of text below a picture, with their colours."""
     lines = [(f"{number + 1}  {picture.sample.path.name}", _INK), (describe_cut(picture), _FAINT)]
     more = f"  (+{len(picture.texts) - 1} texts)" if len(picture.texts) > 1 else ""
-    lines += [(line, _INK) for line in _wrap((picture.texts[0] or "(no caption)") + more, _CAPTION_LINES)]
+    lines += [(line, _INK) for line in wrap((picture.texts[0] or "(no caption)") + more, _SIDE, _SMALL, _CAPTION_LINES)]
     for place, finding in enumerate(found[:_BADGE_LINES], start=1):
         extra = f", and {len(found) - place} more" if place == _BADGE_LINES and len(found) > place else ""
         lines.append((f"{finding.kind.severity}: {finding.kind.name}{extra}", _COLOURS[finding.kind.severity]))
@@ -120,36 +119,3 @@ def describe_cut(picture: Picture) -> str:
     if picture.part != "training":
         parts.append(picture.part)
     return ", ".join(parts)
-
-
-def _wrap(text: str, most: int) -> list[str]:
-    """Return the text in at most `most` lines of a cell's width; the last ends in "..." where it is cut."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if _font(_SMALL).getlength(longer) <= _SIDE or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
-    return lines
-
-
-def _fit(text: str, width: int, size: int) -> str:
-    """Return the text, cut to `width` pixels."""
-    if _font(size).getlength(text) <= width:
-        return text
-    while text and _font(size).getlength(text + "...") > width:
-        text = text[: min(len(text) - 1, int(len(text) * 0.95))]
-    return text + "..."
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in _FONTS:  # these have more scripts than Pillow's own
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)

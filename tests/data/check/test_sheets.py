@@ -13,6 +13,7 @@ import pytest
 from check_help import check, photo, save
 from PIL import Image, ImageDraw
 
+from sdlora import lettering
 from sdlora.data.check import Report, sheet, write_page, write_sheets
 from sdlora.data.check.drawing import draw, draw_all
 
@@ -218,8 +219,8 @@ def test_of_too_many_pictures_those_with_warnings_are_shown(tmp_path: Path, monk
 
 def test_long_captions_are_cut_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "set", "a.png", photo(1), "word " * 200 + "x" * 400)
-    monkeypatch.setattr(sheet, "_FONTS", ())
-    sheet._font.cache_clear()
+    monkeypatch.setattr(lettering, "_FONTS", ())
+    lettering.font.cache_clear()
     (path,) = write_sheets(check(tmp_path / "set"), tmp_path / "sheet.png")
-    sheet._font.cache_clear()
+    lettering.font.cache_clear()
     assert Image.open(path).height < 700

@@ -1,0 +1,238 @@
+"""The plan of a batch: every picture with its identity and its file's name, all decided before the first is made."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdlora.adapters.file import adapter_family
+from sdlora.adapters.fit import refuse_other_family
+from sdlora.adapters.stored import adapter_hashes
+from sdlora.config import BaseSection
+from sdlora.families.detect import family_of
+from sdlora.families.registry import section_sha256, usual_side
+from sdlora.families.sources import find_base
+from sdlora.families.traits import FamilyTraits
+from sdlora.generation.asked import Asked, FindAdapter, asked_pictures, read_folder
+from sdlora.generation.faults import Faults
+from sdlora.generation.grid import Point
+from sdlora.generation.jobs import Job
+from sdlora.generation.request import (
+    LATENT_UPSCALERS,
+    PIXEL_UPSCALERS,
+    AdapterChoice,
+    GenerationRequest,
+    Recipe,
+    UsedAdapter,
+)
+from sdlora.storage import past_devices, sha256_of_file, user_path
+
+_NOT_THE_PICTURES = ("prompt", "negative_prompt", "seed", "count", "wildcards", "adapters")
+"""Settings of a request that a picture's identity holds in another form."""
+_FILES = ("image", "mask", "hires_upscaler")
+"""Settings that name files, whose contents count; an upscaler may be one that is built in."""
+_TOLD_BY_RECIPES = ("steps", "guidance_scale", "guidance_rescale", "emphasis", "clip_skip", "sampler", "zero_snr")
+"""Settings that recipes have under the same names."""
+_BASE_SETTINGS = ("precision", "quantize", "prediction")
+_ID_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that is to be there in the end."""
+
+    identity: str
+    """SHA-256 of all that makes it: its final prompts and settings, the contents of base and adapters."""
+    file: str
+    """Below the folder of the batch."""
+    request: GenerationRequest
+    """For this picture alone."""
+    where: str
+    """Its job: "jobs.txt:12"."""
+    point: Point = ()
+    """Where in a grid it is."""
+    cost: float = 1.0
+    """How much work it is, in steps times pixels, twice that where a negative prompt takes part."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """All pictures of a batch, in the order of its jobs."""
+
+    base: BaseSection
+    base_sha256: str
+    pictures: tuple[Picture, ...]
+    """A picture that several jobs ask for stands here for each of them, with one identity and file."""
+    side: int
+    """Of pictures whose size is not given, in pixels."""
+
+    def different(self) -> list[Picture]:
+        """Return each picture once."""
+        return list({picture.identity: picture for picture in reversed(self.pictures)}.values())[::-1]
+
+
+def plan_batch(
+    jobs: Sequence[Job],
+    base: BaseSection,
+    find_adapter: FindAdapter | None = None,
+    faults: Faults | None = None,
+) -> BatchPlan:
+    """Return every picture of the jobs, with a name of its own.
+
+    Nothing is loaded: families are told from headers, contents by their hashes. Raises one ConfigError for all tags and
+    files that name no adapter, adapters of another family, folders of wildcards that cannot be read, and names that
+    two jobs have, and for the `faults` that were found before; ModelError where the base is none.
+    """
+    family = family_of(find_base(base))
+    planner = _Planner(base, family, find_adapter)
+    faults = faults or Faults()
+    pictures: list[Picture] = []
+    for job in jobs:
+        with faults.of(job.where):
+            for asked in asked_pictures(job.request, 0, find_adapter, planner.read):
+                pictures.append(planner.picture(job, asked, len(pictures) + 1))
+    _refuse_doubled_names(pictures, faults)
+    faults.raise_all("the jobs")
+    files: dict[str, str] = {}
+    placed = (replace(picture, file=files.setdefault(picture.identity, picture.file)) for picture in pictures)
+    return BatchPlan(base, planner.base_sha256, tuple(placed), planner.side)
+
+
+class _Planner:
+    """Knows what all pictures of a batch share, each file read once."""
+
+    def __init__(self, base: BaseSection, family: FamilyTraits, find_adapter: FindAdapter | None) -> None:
+        self.base_sha256 = section_sha256(base)
+        self.side = usual_side(base)
+        self.read = functools.cache(read_folder)
+        self._find_adapter = find_adapter
+        self._base_name = base.path
+        self._family = family
+        self._shared = {"base": self.base_sha256, **{name: getattr(base, name) for name in _BASE_SETTINGS}}
+        self._hash_of = functools.cache(self._checked_hash)
+        self._file_hash = functools.cache(lambda name: sha256_of_file(user_path(name)))
+
+    def picture(self, job: Job, asked: Asked, number: int) -> Picture:
+        """Return the picture that was asked for. Raises as `plan_batch` does."""
+        made_of = {
+            **self._shared,
+            **self._settings(job.request),
+            "prompt": asked.texts.prompt,
+            "negative_prompt": asked.texts.negative_prompt,
+            "seed": asked.seed,
+            "adapters": [self._acting(choice) for choice in asked.adapters],
+            **({"name": job.name} if job.name else {}),
+        }
+        identity = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        single = job.request.model_copy(update={"seed": asked.seed, "count": 1})
+        file = _file_name(job, asked, number, identity)
+        pixels = (single.width or self.side) * (single.height or self.side)
+        cost = float(single.steps * pixels * (2 if asked.guided else 1))
+        return Picture(identity, file, single, job.where, job.point, cost)
+
+    def _settings(self, request: GenerationRequest) -> Mapping[str, Any]:
+        """Return the settings that are not as they are unsaid, so that a setting of a later version changes no identity."""
+        values = request.model_dump(exclude_defaults=True, exclude=set(_NOT_THE_PICTURES))
+        files = {name for name in _FILES if values.get(name) not in (None, *LATENT_UPSCALERS, *PIXEL_UPSCALERS)}
+        return {name: self._file_hash(value) if name in files else value for name, value in values.items()}
+
+    def _acting(self, choice: AdapterChoice) -> list[Any]:
+        own = choice.text_encoder_weight
+        over = [choice.blocks, choice.steps] if choice.blocks or choice.steps else []
+        return [self._hash_of(choice.path), choice.weight, choice.weight if own is None else own, *over]
+
+    def _checked_hash(self, path: str) -> str:
+        """Return the SHA-256 of an adapter's file. Raises FormatError or ModelError where it is none for this base."""
+        refuse_other_family(adapter_family(path), self._family, self._base_name)
+        return adapter_hashes(user_path(path))[0]
+
+
+def _file_name(job: Job, asked: Asked, number: int, identity: str) -> str:
+    """Return the name that the job gives, with the seed where it makes several; else number, prompt and identity."""
+    if job.name:
+        seed = f"-{asked.seed}" if job.request.count > 1 else ""
+        *folders, stem = job.name.split("/")
+        return "/".join([*map(past_devices, folders), f"{past_devices(stem + seed)}.png"])
+    words = re.sub(r"[^\w]+", "-", asked.texts.prompt.lower()).strip("-").encode()[:60].decode(errors="ignore")
+    return f"{number:05d}-{words.strip('-') or 'picture'}-{identity[:_ID_DIGITS]}.png"
+
+
+def identity_mark(file: str) -> str:
+    """Return what a made-up name tells of its picture's identity, "" of any other name."""
+    match = re.search(rf"-([0-9a-f]{{{_ID_DIGITS}}})\.png$", file)
+    return match[1] if match else ""
+
+
+def _refuse_doubled_names(pictures: Sequence[Picture], faults: Faults) -> None:
+    """Tell the names that different pictures have; case does not make a difference on every system."""
+    taken: dict[str, Picture] = {}
+    for picture in pictures:
+        first = taken.setdefault(picture.file.casefold(), picture)
+        if first.identity != picture.identity:
+            other = "itself" if first.where == picture.where else first.where
+            faults.tell(
+                picture.where, f"the name {picture.file} is that of another picture, of {other}; give each its own"
+            )
+
+
+def recipe_fits(recipe: Recipe, picture: Picture, plan: BatchPlan, find_adapter: FindAdapter | None) -> bool:
+    """Return whether that recipe is one of this picture, as far as both tell."""
+    (asked,) = asked_pictures(picture.request, 0, find_adapter)
+    request = picture.request
+    return (
+        recipe.base_sha256 == plan.base_sha256
+        and (recipe.prompt, recipe.negative_prompt) == (asked.texts.prompt, asked.texts.negative_prompt)
+        and recipe.seed == asked.seed
+        and all(getattr(recipe, name) == getattr(request, name) for name in _TOLD_BY_RECIPES)
+        and recipe.schedule == (request.schedule or recipe.schedule)
+        and recipe.noise_device == request.noise
+        and recipe.width == (request.width or recipe.width)
+        and recipe.height == (request.height or recipe.height)
+        and recipe.start == (asked.source.used if asked.source else None)
+        and recipe.hires == (asked.hires.used if asked.hires else None)
+        and [_as_used(used) for used in recipe.adapters] == [_as_asked(choice) for choice in asked.adapters]
+    )
+
+
+def _as_used(used: UsedAdapter) -> tuple[Any, ...]:
+    return used.sha256, used.weight, used.text_encoder_weight, used.blocks, used.steps
+
+
+def _as_asked(choice: AdapterChoice) -> tuple[Any, ...]:
+    own = None if choice.text_encoder_weight == choice.weight else choice.text_encoder_weight
+    return adapter_hashes(user_path(choice.path))[0], choice.weight, own, choice.blocks, choice.steps
+
+
+def in_groups(pictures: Sequence[Picture]) -> list[list[Picture]]:
+    """Return the pictures in groups that may be made together, those with the same adapters next to one another.
+
+    What only a loaded base can tell, such as the tokens of a prompt, may part a group again.
+    """
+    groups: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(_kind(picture.request), []).append(picture)
+    mixes = {mix: place for place, mix in enumerate(dict.fromkeys(picture.request.adapters for picture in pictures))}
+    return [sorted(group, key=lambda picture: mixes[picture.request.adapters]) for group in groups.values()]
+
+
+def _kind(request: GenerationRequest) -> str:
+    """Return what pictures of one batch have in common, as far as requests tell."""
+    values = request.model_dump(exclude={*_NOT_THE_PICTURES, *_FILES, "guidance_scale"})
+    return json.dumps([request.guidance_scale > 1, values], sort_keys=True)
+
+
+def refuse_taken_files(pictures: Sequence[Picture], folder: Path) -> None:
+    """Raise one ConfigError for the files that are there already and are other pictures."""
+    faults = Faults()
+    for picture in pictures:
+        faults.tell(
+            picture.where,
+            f"{folder / picture.file} is there and is another picture; choose another name or --out, or give --overwrite",
+        )
+    faults.raise_all("the names of the pictures")

@@ -1,0 +1,161 @@
+"""The settings of a job by the names that people and other programs give them, and how their values are written."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from sdlora.config.section import is_file_stem
+from sdlora.errors import ConfigError
+from sdlora.generation.adapter_text import parse_adapters
+from sdlora.generation.request import GenerationRequest
+
+BESIDE_REQUEST = ("weight", "size", "name")
+"""What a job may say besides a request's settings: the weight of all its adapters, width and height, its file's name."""
+FIELDS = (*GenerationRequest.model_fields, *BESIDE_REQUEST)
+ALIASES: Mapping[str, str] = MappingProxyType({
+    "p": "prompt", "text": "prompt", "caption": "prompt",
+    "n": "negative_prompt", "neg": "negative_prompt", "negative": "negative_prompt",
+    "d": "seed",
+    "s": "steps", "num_inference_steps": "steps", "sampling_steps": "steps",
+    "l": "guidance_scale", "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "guidance": "guidance_scale",
+    "scale": "guidance_scale",
+    "w": "width", "h": "height", "resolution": "size",
+    "batch_size": "count", "n_iter": "count", "batch_count": "count", "images": "count", "num_images": "count",
+    "clipskip": "clip_skip",
+    "sampler_name": "sampler", "ss": "sampler", "scheduler": "schedule", "schedule_type": "schedule",
+    "denoising_strength": "strength", "init_image": "image",
+    "adapter": "adapters", "lora": "adapters", "loras": "adapters",
+    "lora_weight": "weight", "adapter_weight": "weight", "weights": "weight",
+    "file": "name", "filename": "name", "output": "name",
+})  # fmt: skip
+"""Other names: kohya's letters, AUTOMATIC1111's and diffusers' words -> ours."""
+_WITHOUT_MEANING = {
+    "sd_model", "sd_model_name", "sd_model_hash", "outpath_samples", "outpath_grids", "prompt_for_display", "styles",
+    "subseed", "subseed_strength", "seed_resize_from_h", "seed_resize_from_w", "restore_faces", "tiling",
+    "do_not_save_samples", "do_not_save_grid", "sampler_index",
+}  # fmt: skip
+"""What AUTOMATIC1111 takes in its lists of prompts, and sdlora does not have."""
+_SIZE = re.compile(r"\s*(\d+)\s*[x*×]\s*(\d+)\s*")
+
+
+def field_of(name: str) -> str:
+    """Return the setting that people call so. Raises ConfigError that names the nearest for an unknown one."""
+    plain = re.sub(r"[\s-]+", "_", name.strip().lower())
+    field = plain if plain in FIELDS else ALIASES.get(plain, "")
+    if field in FIELDS:
+        return field
+    if plain in _WITHOUT_MEANING:
+        raise ConfigError(f"{name} is a setting of AUTOMATIC1111 that sdlora does not have; leave it out")
+    known = [*FIELDS, *(alias for alias, target in ALIASES.items() if target in FIELDS and len(alias) > 2)]
+    near = difflib.get_close_matches(plain, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(FIELDS)}"
+    raise ConfigError(f"unknown setting {name[:60]!r}; {hint}")
+
+
+def by_field(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return {setting: value} of (what it is called, value).
+
+    The several ways to say how many (AUTOMATIC1111's batch_size and n_iter) are multiplied. Raises one ConfigError for all
+    unknown settings and all that are given twice.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    named: dict[str, str] = {}
+    for name, value in pairs:
+        try:
+            field = field_of(name)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        if field in values and (field != "count" or name in named.values()):
+            twice = f"{field} is given twice" + (f", as {named[field]} and {name}" if name != named[field] else "")
+            problems.append(twice)
+            continue
+        values[field] = _product(values[field], value) if field in values else value
+        named[field] = name
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return values
+
+
+def request_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
+    """Return the values of the request that a job's values make, the name of its file, "" for any, and what is wrong.
+
+    Size, adapters, weight and name are checked here; the rest is the request's to check.
+    """
+    made = {field: value for field, value in values.items() if field not in BESIDE_REQUEST}
+    problems = []
+    for take in (_take_seed, _take_size, _take_adapters, _check_name):
+        try:
+            take(values, made)
+        except ConfigError as error:
+            problems.append(str(error))
+    return made, str(values.get("name", "")).removesuffix(".png"), problems
+
+
+def _take_seed(values: Mapping[str, Any], made: dict[str, Any]) -> None:
+    if str(values.get("seed", "")).strip() == "-1":
+        del made["seed"]
+        raise ConfigError(
+            "seed is -1; a batch that can go on where it stopped has no random seeds: give a number, or leave it out for 0"
+        )
+
+
+def _take_size(values: Mapping[str, Any], made: dict[str, Any]) -> None:
+    if "size" not in values:
+        return
+    size = values["size"]
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is None:
+        raise ConfigError(f"size is {size!r}; expected for example '512x768'")
+    made["width"], made["height"] = int(match[1]), int(match[2])
+
+
+def _take_adapters(values: Mapping[str, Any], made: dict[str, Any]) -> None:
+    """The request has the job's adapters, each with the job's weight where it gives one."""
+    made.pop("adapters", None)
+    adapters = _adapters(values["adapters"]) if "adapters" in values else None
+    if "weight" in values:
+        if adapters is None:
+            raise ConfigError(f"weight is {values['weight']!r} but no adapter is named")
+        adapters = [{**adapter, "weight": values["weight"]} for adapter in adapters]
+    if adapters is not None:
+        made["adapters"] = adapters
+
+
+def _adapters(value: Any) -> list[dict[str, Any]]:
+    """Return the adapters of "a:0.8;b", of a table, or of a list of these."""
+    if isinstance(value, str):
+        return parse_adapters(value)
+    if isinstance(value, Mapping):
+        renamed = {"path" if key in ("name", "file", "adapter") else str(key): inner for key, inner in value.items()}
+        if not isinstance(renamed.get("path", ""), str):
+            raise ConfigError(f"adapters: {renamed['path']!r} is no file's name")
+        return [renamed]
+    if isinstance(value, Sequence):
+        return [adapter for item in value for adapter in _adapters(item)]
+    raise ConfigError(f"adapters is {value!r}; expected for example 'my-cat:0.8;oldfilm:0.5'")
+
+
+def _check_name(values: Mapping[str, Any], made: dict[str, Any]) -> None:
+    name = values.get("name", "")
+    if not isinstance(name, str):
+        raise ConfigError(f"name is {name!r}; expected a file's name")
+    stem = name.removesuffix(".png")
+    if name and not all(is_file_stem(part) and part.strip(" .") == part for part in stem.split("/")):
+        raise ConfigError(
+            f"name is {name[:80]!r}; expected a file's name of letters, digits, spaces and . _ -, in folders parted by /"
+        )
+
+
+def _product(one: Any, other: Any) -> Any:
+    """Return the product of two counts, or the one that is none, which the request will refuse."""
+    try:
+        return math.prod(int(str(value)) for value in (one, other))
+    except ValueError:
+        return one if not str(one).isdigit() else other

@@ -1,0 +1,133 @@
+"""Jobs: what a batch is to make, read from a file and multiplied by grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdlora.config import validated
+from sdlora.errors import ConfigError, SdloraError
+from sdlora.generation.asked import FindAdapter
+from sdlora.generation.faults import Faults
+from sdlora.generation.grid import MOST_PICTURES, Axis, Point, grid_points, product_size, refuse_doubles
+from sdlora.generation.job_draft import Draft
+from sdlora.generation.job_fields import request_values
+from sdlora.generation.jobs_tables import read_csv_jobs, read_jsonl_jobs
+from sdlora.generation.jobs_text import read_text_jobs
+from sdlora.generation.jobs_toml import read_toml_jobs
+from sdlora.generation.request import GenerationRequest
+from sdlora.storage import is_there, user_path
+
+_READERS: Mapping[str, Callable[[Path, Faults], Iterator[Draft]]] = {
+    ".txt": read_text_jobs,
+    ".csv": read_csv_jobs,
+    ".tsv": read_csv_jobs,
+    ".jsonl": read_jsonl_jobs,
+    ".toml": read_toml_jobs,
+}
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request, and where it was written."""
+
+    where: str
+    """"jobs.txt:12"."""
+    request: GenerationRequest
+    name: str = ""
+    """Of its file, without suffix; "": one is made up."""
+    point: Point = ()
+    """Where in a grid it is."""
+
+
+def read_jobs(
+    path: Path | None,
+    defaults: Mapping[str, Any] | None = None,
+    grid: Sequence[Axis] = (),
+    find_adapter: FindAdapter | None = None,
+    faults: Faults | None = None,
+) -> list[Job]:
+    """Return the jobs of a file, each at every point of the grid; without a file the one that `defaults` are.
+
+    `defaults` are values by setting, which the file's own replace. An adapter is a path, seen from here or from the
+    file's folder, or what `find_adapter` knows. Raises one ConfigError for everything that is wrong, line by line; with
+    `faults` these are told there, and the jobs are those that are right.
+    """
+    together = [(axis,) for axis in grid]
+    refuse_doubles(together)
+    told = Faults() if faults is None else faults
+    drafts = [Draft(draft.where, {**(defaults or {}), **draft.values}, draft.point) for draft in _drafts(path, told)]
+    if (size := len(drafts) * product_size(together)) > MOST_PICTURES:
+        raise ConfigError(f"{size:,} jobs are asked for; a batch has at most {MOST_PICTURES:,} pictures")
+    find = _adapter_finder(path.parent if path else Path(), find_adapter)
+    jobs: list[Job] = []
+    for draft in drafts:
+        with told.of(draft.where):
+            for values, point in grid_points(together, draft.values):
+                with told.of(draft.where):
+                    jobs.append(_job(draft.where, values, (*draft.point, *point), find))
+    what = str(path) if path else "what is asked for"
+    if faults is None or not jobs:
+        told.raise_all(what)
+    if not jobs:
+        raise ConfigError(f"{what}: holds no jobs")
+    if (pictures := sum(job.request.count for job in jobs)) > MOST_PICTURES:
+        raise ConfigError(f"{pictures:,} pictures are asked for; a batch has at most {MOST_PICTURES:,}")
+    return jobs
+
+
+def _drafts(path: Path | None, faults: Faults) -> Iterator[Draft]:
+    if path is None:
+        yield Draft(COMMAND_LINE, {})
+        return
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(f"{path}: is no jobs file; expected {', '.join(_READERS)}")
+    yield from reader(path, faults)
+
+
+def _job(where: str, values: Mapping[str, Any], point: Point, find: Callable[[str], str]) -> Job:
+    """Return the checked job. Raises one ConfigError for all that is wrong with it."""
+    made, name, problems = request_values(values)
+    for adapter in made.get("adapters", ()):
+        try:
+            if "path" in adapter:
+                adapter["path"] = find(adapter["path"])
+        except ConfigError as error:
+            problems.append(str(error))
+    try:
+        request = validated(GenerationRequest, made, where)
+    except ConfigError as error:
+        problems.append(str(error).removeprefix(f"{where}: "))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return Job(where, request, name, point)
+
+
+def _adapter_finder(folder: Path, find_adapter: FindAdapter | None) -> Callable[[str], str]:
+    """Return what finds an adapter's file by what jobs call it, and asks for each once."""
+    found: dict[str, str] = {}
+    missing: dict[str, str] = {}
+
+    def look(name: str) -> str:
+        for place in (user_path(name), folder / user_path(name)):
+            if is_there(place):
+                return str(place)
+        if find_adapter is None:
+            raise ConfigError(f"{name}: there is no such adapter file")
+        return str(find_adapter(name))
+
+    def find(name: str) -> str:
+        if name not in found and name not in missing:
+            try:
+                found[name] = look(name)
+            except SdloraError as error:
+                missing[name] = str(error)
+        if name in missing:
+            raise ConfigError(missing[name])
+        return found[name]
+
+    return find
