@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -61,7 +62,7 @@ def _measure(model: str, precision: str, options: argparse.Namespace, scratch: P
     runs = [machine.run_child("mixed.py", job) for _ in range(options.rounds)]
     seconds = {way: [value for run in runs for value in run[way]] for way in _WAYS}
     count = _ADAPTERS * options.each
-    rates = {f"{way}_pictures_per_second": round(count / machine.median(seconds[way]), 3) for way in _WAYS}
+    rates = {f"{way}_pictures_per_second": round(count / statistics.median(seconds[way]), 3) for way in _WAYS}
     ratios = {
         f"{way}_to_{other}": machine.median([b / a for a, b in zip(seconds[way], seconds[other], strict=True)])
         for way, other in (("mixed", "one"), ("mixed_read_anew", "diffusers"))
