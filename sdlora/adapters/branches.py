@@ -168,9 +168,9 @@ class _LoraBranch:
         return (self.down, self.up)
 
     def __call__(self, inputs: torch.Tensor, output: torch.Tensor, strength: Strength) -> torch.Tensor:
-        narrow = _apply(self.layer, inputs, self.down)
-        wide = functional.conv2d(narrow, self.up) if self.up.ndim == 4 else functional.linear(narrow, self.up)
-        return wide * (strength * self.alpha / self.rank)
+        # The narrow product is scaled, which is less work than scaling the wide one.
+        narrow = _apply(self.layer, inputs, self.down) * (strength * self.alpha / self.rank)
+        return functional.conv2d(narrow, self.up) if self.up.ndim == 4 else functional.linear(narrow, self.up)
 
 
 class _DoraBranch:
@@ -246,10 +246,14 @@ class _Branches:
         return self._add_rows(inputs[0], output, result) if self.rows else result
 
     def _add_rows(self, inputs: torch.Tensor, output: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        result = output.clone() if result is output else result
-        for part in self.rows:
+        shares = []
+        for part in self.rows:  # all before any is added, since they are told the bare output
             own = output[part.rows]
-            result[part.rows] += self.members[part.name](inputs[part.rows], own, part.strength(own)).to(output.dtype)
+            shares.append(self.members[part.name](inputs[part.rows], own, part.strength(own)))
+        if output.requires_grad and result is output:
+            result = output.clone()
+        for part, share in zip(self.rows, shares, strict=True):
+            result[part.rows] += share.to(output.dtype)
         return result
 
 

@@ -120,15 +120,15 @@ def test_pictures_that_fail_are_listed_and_the_status_says_so(
     from sdlora.errors import GenerationError
     from sdlora.generation.render import Renderer
 
-    real = Renderer._decode
+    real = Renderer.render
 
-    def decode(self: Any, latents: Any, asked: Any) -> Any:
-        if asked.seed == 5:
+    def render(self: Any, batch: Any, *more: Any) -> Any:
+        if any(asked.seed == 5 for asked in batch):
             raise GenerationError("the VAE gave NaN")
-        return real(self, latents, asked)
+        return real(self, batch, *more)
 
     with monkeypatch.context() as context:
-        context.setattr(Renderer, "_decode", decode)
+        context.setattr(Renderer, "render", render)
         assert main(["batch", str(jobs), *common, "--xyz", "x=seed"]) == 1
     said = capsys.readouterr()
     assert "1 could not be made; the same command tries them again:" in said.err
