@@ -183,7 +183,8 @@ class EngineJobs:
                 engine = self._load()
                 for index, request in enumerate(job.requests):
                     job.check()
-                    for image, recipe in engine.generate(request, on_step=_step_reporter(job, index)):
+                    reporter = _step_reporter(job, index)
+                    for image, recipe in engine.generate(request, on_step=reporter, should_stop=job.cancelled.is_set):
                         job.reports.put(Picture(index, image, recipe))
             job.reports.put(None)
         except Exception as error:  # the thread ends here, and the waiting page must hear of anything

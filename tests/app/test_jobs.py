@@ -21,7 +21,7 @@ class FakeEngine:
         self.may_step.set()
         self.running = self.most_running = self.steps_taken = 0
 
-    def generate(self, request, *, on_step):
+    def generate(self, request, *, on_step, should_stop):
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
