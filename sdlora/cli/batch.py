@@ -183,9 +183,7 @@ def _tell(options: argparse.Namespace, prepared: Prepared, find_adapter: FindAda
     print(
         f"time: about {duration(work * rate)}, {source}" if rate else "time: not known yet; --measure makes two batches"
     )
-    sizes = ((picture.request.width, picture.request.height) for picture in pending)
-    side = prepared.plan.side
-    pixels = sum((width or side) * (height or side) for width, height in sizes)
+    pixels = sum(picture.pixels for picture in pending)
     print(f"disk: at most {pixels * 3 / 1e6:.1f} MB")
 
 

@@ -213,7 +213,8 @@ def _show_foreign(recipe: ForeignRecipe, asked: ForeignRequest) -> None:
     if recipe.base:
         print(f"base: {recipe.base[:100]}" + (f", {recipe.base_hash[:64]}" if recipe.base_hash else ""))
     for choice in request.adapters:
-        print(f"adapter: {choice.path} at {choice.weight:g}")
+        over = [f"{name} {text}" for name, text in (("blocks", choice.blocks), ("steps", choice.steps)) if text]
+        print(", ".join([f"adapter: {choice.path} at {choice.weight:g}", *over]))
     for what in asked.left_out:
         print(f"left out: {what}")
 

@@ -103,10 +103,6 @@ def _choose(
 
 
 def _choice(tag: Tag, path: str) -> AdapterChoice:
-    """Return the adapter that a tag asks for; lbw=, step=, start= and stop= as in the LoRA Block Weight extension."""
-    options = dict(tag.options)
-    steps = options.get("step", "")
-    if not steps and ("start" in options or "stop" in options):
-        steps = f"{options.get('start', '')}-{options.get('stop', '')}"
+    """Return the adapter that a tag asks for."""
     values = {"path": path, "weight": tag.unet, "text_encoder_weight": tag.text_encoder}
-    return validated(AdapterChoice, {**values, "blocks": options.get("lbw", ""), "steps": steps}, f"<lora:{tag.name}>")
+    return validated(AdapterChoice, {**values, "blocks": tag.blocks, "steps": tag.steps}, f"<lora:{tag.name}>")

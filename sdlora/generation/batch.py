@@ -12,7 +12,15 @@ from typing import Any
 
 from PIL import Image
 
-from sdlora.errors import ConfigError, FormatError, GenerationCancelled, GenerationError, ModelError, SdloraError
+from sdlora.errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    GenerationCancelled,
+    GenerationError,
+    ModelError,
+    SdloraError,
+)
 from sdlora.generation.asked import FindAdapter, asked_pictures, read_folder
 from sdlora.generation.batch_plan import (
     BatchPlan,
@@ -29,7 +37,7 @@ from sdlora.generation.pictures import read_recipe, save_picture
 from sdlora.generation.request import Recipe
 
 _LEFT_BEHIND_SECONDS = 60.0
-_OF_A_PICTURE = (GenerationError, FormatError, ModelError, ConfigError)
+_OF_A_PICTURE = (GenerationError, FormatError, ModelError, ConfigError, DataError)
 """What one picture of a batch may fail with; a file that cannot be written ends the run."""
 
 
@@ -193,7 +201,11 @@ def full_batches(
     for group in in_groups(pictures):
         waiting: dict[Likeness, list[Picture]] = {}
         for picture in group:
-            (asked,) = asked_pictures(picture.request, 0, find_adapter, read)
+            try:
+                (asked,) = asked_pictures(picture.request, 0, find_adapter, read)
+            except _OF_A_PICTURE:  # a file of it is gone since: whoever makes it is told, and the others are made
+                yield [picture]
+                continue
             alike = likeness(engine.base, asked)
             waiting.setdefault(alike, []).append(picture)
             if len(waiting[alike]) == batch_size:

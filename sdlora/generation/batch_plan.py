@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from sdlora.generation.request import (
     Recipe,
     UsedAdapter,
 )
+from sdlora.generation.source import work_size
 from sdlora.storage import past_devices, sha256_of_file, user_path
 
 _NOT_THE_PICTURES = ("prompt", "negative_prompt", "seed", "count", "wildcards", "adapters")
@@ -58,7 +60,9 @@ class Picture:
     point: Point = ()
     """Where in a grid it is."""
     cost: float = 1.0
-    """How much work it is, in steps times pixels, twice that where a negative prompt takes part."""
+    """How much work it is, in steps times pixels of both passes, twice that where a negative prompt takes part."""
+    pixels: int = 0
+    """Of its file, before it is compressed."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,8 @@ class _Planner:
         identity = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         single = job.request.model_copy(update={"seed": asked.seed, "count": 1})
         file = _file_name(job, asked, number, identity)
-        pixels = (single.width or self.side) * (single.height or self.side)
-        cost = float(single.steps * pixels * (2 if asked.guided else 1))
-        return Picture(identity, file, single, job.where, job.point, cost)
+        work, pixels = _work(asked, self.side)
+        return Picture(identity, file, single, job.where, job.point, work * (2 if asked.guided else 1), pixels)
 
     def _settings(self, request: GenerationRequest) -> Mapping[str, Any]:
         """Return the settings that are not as they are unsaid, so that a setting of a later version changes no identity."""
@@ -151,6 +154,19 @@ class _Planner:
         """Return the SHA-256 of an adapter's file. Raises FormatError or ModelError where it is none for this base."""
         refuse_other_family(adapter_family(path), self._family, self._base_name)
         return adapter_hashes(user_path(path))[0]
+
+
+def _work(asked: Asked, side: int) -> tuple[float, int]:
+    """Return steps times pixels of all passes, and the pixels of the file. Raises ConfigError for a second pass too large."""
+    request, source = asked.request, asked.source
+    first = work_size(request, source.size if source else None, side)
+    work, last = request.steps * (request.strength if source else 1) * math.prod(first), first
+    if asked.hires:
+        last = asked.hires.size(first)
+        work += asked.hires.run_steps * math.prod(last)
+    elif source and request.mask and request.inpaint_area == "only masked":
+        last = source.size
+    return max(work, float(math.prod(first))), math.prod(last)
 
 
 def _file_name(job: Job, asked: Asked, number: int, identity: str) -> str:
@@ -187,6 +203,8 @@ def recipe_fits(recipe: Recipe, picture: Picture, plan: BatchPlan, find_adapter:
     request = picture.request
     return (
         recipe.base_sha256 == plan.base_sha256
+        and plan.base.precision in ("auto", recipe.precision)
+        and recipe.quantize == plan.base.quantize
         and (recipe.prompt, recipe.negative_prompt) == (asked.texts.prompt, asked.texts.negative_prompt)
         and recipe.seed == asked.seed
         and all(getattr(recipe, name) == getattr(request, name) for name in _TOLD_BY_RECIPES)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sdlora.errors import DataError
 from sdlora.generation.request import Recipe
-from sdlora.storage import sha256_of_file
+from sdlora.storage import is_there, sha256_of_file
 
 FindInput = Callable[[str, str], Path]
 """Returns the file of that name, or of any other, that has that SHA-256; raises SdloraError where there is none."""
@@ -19,8 +20,9 @@ def input_finder(folders: Sequence[Path]) -> FindInput:
 
     def find(name: str, sha256: str) -> Path:
         for file in _candidates(folders, name):
-            if sha256_of_file(file) == sha256:
-                return file
+            with suppress(OSError):  # one that must not be read is not it
+                if sha256_of_file(file) == sha256:
+                    return file
         places = " or ".join(str(folder) for folder in folders)
         raise DataError(
             f"the picture was made from {name} (SHA-256 {sha256[:12]}), which is not in {places}; put it there"
@@ -57,8 +59,10 @@ def input_settings(recipe: Recipe, find: FindInput) -> dict[str, Any]:
 
 
 def _candidates(folders: Sequence[Path], name: str) -> Iterator[Path]:
-    """Yield files, those of that name first; a name never leads out of a folder."""
+    """Yield files, those of that name first; a name never leads out of a folder. Raises DataError for what is no folder."""
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise DataError(f"{missing[0]}: there is no such folder of pictures to look in")
     plain = Path(name).name
-    yield from (folder / plain for folder in folders if (folder / plain).is_file())
+    yield from (folder / plain for folder in folders if is_there(folder / plain) and (folder / plain).is_file())
     for folder in folders:
         yield from (file for file in sorted(folder.iterdir()) if file.is_file() and file.name != plain)

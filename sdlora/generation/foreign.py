@@ -122,13 +122,24 @@ def _choices(adapters: tuple[ForeignAdapter, ...], find: FindAdapter, left_out: 
             )
             continue
         choice = {"path": str(path), "weight": adapter.weight, "text_encoder_weight": adapter.text_encoder_weight}
-        try:
-            make_request(prompt="", adapters=[choice])
-        except ConfigError:
+        if not _is_choice(choice):
             left_out.append(f"{kind} {adapter.name[:100]} with the weight {adapter.weight:g}")
             continue
+        for name, text in (("blocks", adapter.blocks), ("steps", adapter.steps)):
+            if _is_choice({**choice, name: text}):
+                choice[name] = text
+            else:
+                left_out.append(f"{name} {text[:60]!r} of {kind} {adapter.name[:100]}")
         used.add(path)
         yield choice
+
+
+def _is_choice(choice: Mapping[str, Any]) -> bool:
+    try:
+        make_request(prompt="", adapters=[choice])
+    except ConfigError:
+        return False
+    return True
 
 
 def _refused(values: Mapping[str, Any], error: ConfigError) -> str:

@@ -35,7 +35,12 @@ def foreign_infotext(text: str) -> ForeignRecipe:
     spelt: Callable[[str], str] = str if settings.get("emphasis") == "none" else without_choices
     loras = [
         ForeignAdapter(
-            tag.name, tag.unet, None if tag.unet == tag.text_encoder else tag.text_encoder, _hashes(said, tag.name)
+            tag.name,
+            tag.unet,
+            None if tag.unet == tag.text_encoder else tag.text_encoder,
+            _hashes(said, tag.name),
+            blocks=tag.blocks,
+            steps=tag.steps,
         )
         for tag in tagged.tags
     ]

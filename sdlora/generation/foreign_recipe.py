@@ -30,6 +30,10 @@ class ForeignAdapter:
     """Beginnings of hashes of any kind, the surest first."""
     embedding: bool = False
     """Whether it acts by its word in the prompts."""
+    blocks: str = ""
+    """What its weight is multiplied by in each block; not checked yet."""
+    steps: str = ""
+    """When it acts; not checked yet."""
 
 
 @dataclass(frozen=True)

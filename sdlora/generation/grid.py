@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.errors import ConfigError
-from sdlora.generation.job_fields import field_of
+from sdlora.generation.job_fields import field_of, over
 from sdlora.storage import user_path
 
 MOST_PICTURES = 1_000_000
@@ -23,7 +23,7 @@ REPLACE = "replace"
 _REPLACE_NAMES = ("replace", "prompt_sr", "prompt_s/r", "sr", "s/r")
 _NUMBERS = {
     "seed", "count", "steps", "guidance_scale", "width", "height", "clip_skip", "weight",
-    "guidance_rescale", "strength", "hires_scale", "hires_steps", "hires_strength",
+    "guidance_rescale", "strength", "hires_scale", "hires_steps", "hires_strength", "mask_blur", "masked_padding",
 }  # fmt: skip
 """Settings of which 1..8 is a range; of others it is text."""
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
@@ -43,7 +43,7 @@ class Axis:
         """Return a job's values with this axis at one of its places. Raises ConfigError where nothing can be replaced."""
         chosen = self.values[place]
         if self.field != REPLACE:
-            return {**values, self.field: chosen}
+            return over(values, {self.field: chosen})
         searched = self.values[0]
         texts = {key: str(values[key]) for key in ("prompt", "negative_prompt") if values.get(key)}
         if not any(searched in text for text in texts.values()):
@@ -68,7 +68,12 @@ def parse_axis(text: str) -> Axis:
         raise ConfigError(f"--grid {text!r} is no axis; expected for example 'seed=1..8' or 'steps=20,30'")
     if values.strip().startswith("@"):
         return make_axis(name.strip(), _lines(Path(values.strip()[1:])))
-    (cells,) = csv.reader([values.replace("\n", " ")], skipinitialspace=True)
+    try:
+        (cells,) = csv.reader([" ".join(values.splitlines())], skipinitialspace=True)
+    except csv.Error as error:
+        raise ConfigError(
+            f"--grid {name.strip()}: its values cannot be told apart ({error}); put them into a file"
+        ) from error
     return make_axis(name.strip(), [cell.strip() for cell in cells])
 
 
@@ -162,7 +167,8 @@ def label(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, Mapping):
         name = Path(str(value.get("path", value.get("name", "")))).stem
-        return f"{name}:{value['weight']}" if "weight" in value else name
+        weight = f":{value['weight']}" if "weight" in value else ""
+        return f"{name}{weight}" + "".join(f" {key} {value[key]}" for key in ("blocks", "steps") if value.get(key))
     if isinstance(value, list | tuple):
         return ", ".join(map(label, value)) or "none"
     text = str(value)

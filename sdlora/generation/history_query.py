@@ -16,6 +16,8 @@ _MOST_WORDS, _LONGEST_TEXT = 32, 1000
 _SPACELESS = re.compile(r"[\u0e00-\u0eff\u2e80-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]")
 """Characters of scripts that put no spaces between words: such words are looked for anywhere."""
 _LARGEST = 2**62
+_LATEST_NS = 2**63 - 1
+"""What SQLite holds; the year 2262."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def selection(query: HistoryQuery) -> Selection:
         add("seed = ?", str(query.seed))
     for moment, comparison in ((query.since, ">="), (query.until, "<=")):
         if moment is not None:
-            add(f"pictures.id {comparison} ?", int(moment.timestamp() * 1e9))
+            add(f"pictures.id {comparison} ?", _nanoseconds(moment))
     if query.rating == 0:
         add("pictures.identity NOT IN (SELECT identity FROM ratings WHERE stars > 0)")
     elif query.rating is not None:
@@ -108,8 +110,16 @@ def _check(query: HistoryQuery) -> None:
             raise ConfigError(f"{name} is {value}; expected {lowest} or more")
     if query.rating is not None and not 0 <= query.rating <= 5:
         raise ConfigError(f"rating is {query.rating}; expected 1 to 5 stars, or 0 for none")
-    if query.since and query.until and query.since > query.until:
+    if query.since and query.until and _nanoseconds(query.since) > _nanoseconds(query.until):
         raise ConfigError(f"since {query.since:%Y-%m-%d %H:%M} is later than until {query.until:%Y-%m-%d %H:%M}")
+
+
+def _nanoseconds(moment: datetime) -> int:
+    """Return the time since 1970, of a moment before or after all files that of the first or last one possible."""
+    try:
+        return max(-_LATEST_NS, min(_LATEST_NS, int(moment.timestamp() * 1e9)))
+    except (ValueError, OverflowError):  # years 1 and 9999, by the time zone
+        return _LATEST_NS if moment.year > 1970 else -_LATEST_NS
 
 
 def _of_words(column: str, text: str) -> list[tuple[str, str]]:

@@ -20,6 +20,8 @@ from sdlora.generation.request import Recipe
 
 _LONGEST = 20_000
 """Characters of a prompt that are kept."""
+_LATEST_NS = 2**62
+"""Files of later times than 2116 stand there: SQLite holds not much more."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def insert(connection: sqlite3.Connection, rows: Sequence[PictureRow]) -> None:
         base = _id(connection, "bases", ("name", "sha256"), tuple(map(folded, row.base)))
         facts = row.facts
         values = (
-            _free(connection, int(row.signature.rpartition(":")[2] or 0)),
+            _free(connection, min(int(row.signature.rpartition(":")[2] or 0), _LATEST_NS)),
             row.place,
             row.signature,
             row.problem,

@@ -40,6 +40,10 @@ _WITHOUT_MEANING = {
     "do_not_save_samples", "do_not_save_grid", "sampler_index",
 }  # fmt: skip
 """What AUTOMATIC1111 takes in its lists of prompts, and sdlora does not have."""
+SHEETS = "sheets"
+"""The folder of a batch's contact sheets and grids, which no job's picture may lie in."""
+_LONGEST_NAME_BYTES = 200
+"""Of a file or folder; systems allow 255, and seed and suffix may follow."""
 _SIZE = re.compile(r"\s*(\d+)\s*[x*×]\s*(\d+)\s*")
 
 
@@ -83,6 +87,12 @@ def by_field(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def over(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults with what a job says in their place; its size takes that of width and height, and theirs that of size."""
+    taken = {"size"} if said.keys() & {"width", "height"} else {"width", "height"} if "size" in said else set()
+    return {**{field: value for field, value in defaults.items() if field not in taken}, **said}
+
+
 def request_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
     """Return the values of the request that a job's values make, the name of its file, "" for any, and what is wrong.
 
@@ -113,6 +123,8 @@ def _take_size(values: Mapping[str, Any], made: dict[str, Any]) -> None:
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if match is None:
         raise ConfigError(f"size is {size!r}; expected for example '512x768'")
+    if values.keys() & {"width", "height"}:
+        raise ConfigError("size is given beside width or height; give one of them")
     made["width"], made["height"] = int(match[1]), int(match[2])
 
 
@@ -151,6 +163,10 @@ def _check_name(values: Mapping[str, Any], made: dict[str, Any]) -> None:
         raise ConfigError(
             f"name is {name[:80]!r}; expected a file's name of letters, digits, spaces and . _ -, in folders parted by /"
         )
+    if any(len(part.encode()) > _LONGEST_NAME_BYTES for part in stem.split("/")):
+        raise ConfigError(f"name {name[:40]!r}... is longer than {_LONGEST_NAME_BYTES} bytes; give a shorter one")
+    if "/" in stem and stem.partition("/")[0].casefold() == SHEETS:
+        raise ConfigError(f"name is {name[:80]!r}; the folder {SHEETS} is for contact sheets and grids, choose another")
 
 
 def _product(one: Any, other: Any) -> Any:

@@ -13,7 +13,7 @@ from sdlora.generation.asked import FindAdapter
 from sdlora.generation.faults import Faults
 from sdlora.generation.grid import MOST_PICTURES, Axis, Point, grid_points, product_size, refuse_doubles
 from sdlora.generation.job_draft import Draft
-from sdlora.generation.job_fields import request_values
+from sdlora.generation.job_fields import over, request_values
 from sdlora.generation.jobs_tables import read_csv_jobs, read_jsonl_jobs
 from sdlora.generation.jobs_text import read_text_jobs
 from sdlora.generation.jobs_toml import read_toml_jobs
@@ -59,7 +59,7 @@ def read_jobs(
     together = [(axis,) for axis in grid]
     refuse_doubles(together)
     told = Faults() if faults is None else faults
-    drafts = [Draft(draft.where, {**(defaults or {}), **draft.values}, draft.point) for draft in _drafts(path, told)]
+    drafts = [Draft(draft.where, over(defaults or {}, draft.values), draft.point) for draft in _drafts(path, told)]
     if (size := len(drafts) * product_size(together)) > MOST_PICTURES:
         raise ConfigError(f"{size:,} jobs are asked for; a batch has at most {MOST_PICTURES:,} pictures")
     find = _adapter_finder(path.parent if path else Path(), find_adapter)

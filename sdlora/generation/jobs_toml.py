@@ -20,7 +20,7 @@ from sdlora.generation.grid import (
     refuse_doubles,
 )
 from sdlora.generation.job_draft import Draft
-from sdlora.generation.job_fields import by_field
+from sdlora.generation.job_fields import by_field, over
 
 _TABLES = ("defaults", "jobs", "grid")
 _TOGETHER = "zip"
@@ -36,7 +36,7 @@ def read_toml_jobs(path: Path, faults: Faults) -> Iterator[Draft]:
         defaults = _fields(content.get("defaults", {}))
     for where, job in _tables(path, content, "jobs", faults):
         with faults.of(where):
-            yield Draft(where, {**defaults, **_fields(job)})
+            yield Draft(where, over(defaults, _fields(job)))
     for where, grid in _tables(path, content, "grid", faults):
         with faults.of(where):
             yield from _grid_drafts(where, grid, defaults, path.parent)
@@ -61,7 +61,7 @@ def _grid_drafts(where: str, grid: Mapping[str, Any], defaults: Mapping[str, Any
     refuse_doubles(together)
     if (size := product_size(together)) > MOST_PICTURES:
         raise ConfigError(f"makes {size:,} jobs; a batch has at most {MOST_PICTURES:,} pictures")
-    for made, point in grid_points(together, {**defaults, **values}):
+    for made, point in grid_points(together, over(defaults, values)):
         yield Draft(where, made, point)
 
 
@@ -89,9 +89,11 @@ def _groups(axes: Mapping[str, Axis], together: Any) -> list[Together]:
     lists = [together] if isinstance(together, list) and all(isinstance(name, str) for name in together) else together
     if not isinstance(lists, list) or not all(isinstance(names, list) for names in lists):
         raise ConfigError(f'zip is {together!r}; expected for example zip = ["adapter", "weight"]')
-    named = [name for names in lists for name in names]
+    named = [str(name) for names in lists for name in names]
     if missing := [name for name in named if name not in axes]:
         raise ConfigError(f"zip names {missing[0]!r}, which is no list of this grid")
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise ConfigError(f"zip names {twice[0]!r} twice")
     groups: list[Together] = []
     for name, axis in axes.items():
         group = next((names for names in lists if name in names), [name])

@@ -142,6 +142,18 @@ class Tag:
     options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """What else it says as key=value, such as lbw=; a fourth value without a key is "dyn"."""
 
+    @property
+    def blocks(self) -> str:
+        """What it says of blocks, as the LoRA Block Weight extension writes it: lbw=."""
+        return self.options.get("lbw", "")
+
+    @property
+    def steps(self) -> str:
+        """What it says of steps: step=, else start= and stop= as one."""
+        if "step" not in self.options and ("start" in self.options or "stop" in self.options):
+            return f"{self.options.get('start', '')}-{self.options.get('stop', '')}"
+        return self.options.get("step", "")
+
 
 @dataclass(frozen=True)
 class Tagged:

@@ -11,12 +11,10 @@ from PIL import Image, ImageDraw
 from sdlora.errors import PICTURE_DAMAGE, ConfigError
 from sdlora.generation.batch_plan import Picture
 from sdlora.generation.grid import label
-from sdlora.generation.job_fields import field_of
+from sdlora.generation.job_fields import SHEETS, field_of
 from sdlora.lettering import fit, font, wrap
 from sdlora.storage import atomic_path
 
-FOLDER = "sheets"
-"""Where they lie below the folder of the batch."""
 _COLUMNS, _ROWS, _SIDE = 6, 5, 256
 _GAP, _MARGIN = 12, 24
 _SMALL, _LARGE = 14, 20
@@ -130,7 +128,7 @@ def write_grids(
     """Write one PNG a plane into `folder`/sheets and return them; `files` are {identity: file below `folder`}."""
     paths = []
     for number, plane in enumerate(planes(pictures, layout), start=1):
-        path = folder / FOLDER / f"grid-{number}.png"
+        path = folder / SHEETS / f"grid-{number}.png"
         _save(_draw_plane(plane, layout, files, folder, side), path)
         paths.append(path)
     return paths
@@ -180,7 +178,7 @@ def write_contact_sheets(pictures: Sequence[Picture], files: Mapping[str, str], 
     per_sheet = _COLUMNS * _ROWS
     paths = []
     for start in range(0, len(there), per_sheet):
-        path = folder / FOLDER / f"contact-{start // per_sheet + 1}.png"
+        path = folder / SHEETS / f"contact-{start // per_sheet + 1}.png"
         _save(_draw_contact(there[start : start + per_sheet], files, folder), path)
         paths.append(path)
     return paths

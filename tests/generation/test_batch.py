@@ -438,3 +438,34 @@ def test_a_file_that_another_picture_took_is_no_longer_the_first_ones(tmp_path: 
     writer.made({"file": "a.png", "identity": "id0"}, recipe)
     writer.made({"file": "a.png", "identity": "id1"}, replace(recipe, seed=2))
     assert list(read_manifest(tmp_path)) == ["id1"]
+
+
+def test_work_and_pixels_are_those_of_both_passes_and_of_the_start(base, tmp_path):
+    Image.new("RGB", (32, 16), "red").save(tmp_path / "start.png")
+    start = {"prompt": "a", "steps": 4, "image": str(tmp_path / "start.png"), "strength": 0.5, "guidance_scale": 1}
+    size = {"width": 16, "height": 8, "steps": 4, "guidance_scale": 1}
+    hires = {**size, "hires_scale": 2, "hires_steps": 3}
+    plan = plan_of(base, size, hires, start, {**size, "guidance_scale": 2}, folder=tmp_path)
+    assert [picture.cost for picture in plan.pictures] == [512, 512 + 3 * 512, 2 * 512, 1024]
+    assert [picture.pixels for picture in plan.pictures] == [128, 512, 512, 128]
+
+
+def test_a_start_that_is_gone_fails_alone(base, engine, tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "start.png")
+    size = {"width": 16, "height": 16}
+    plan = plan_of(base, {"image": str(tmp_path / "start.png")}, size, folder=tmp_path)
+    (tmp_path / "start.png").unlink()
+    writer = ManifestWriter(tmp_path / NAME)
+    progress = make_pictures(engine, plan.pictures, tmp_path, writer, batch_size=2)
+    assert (progress.done, progress.failed) == (1, 1)
+    assert "start.png: cannot be read" in read_manifest(tmp_path)[plan.pictures[0].identity].failed
+
+
+def test_a_named_picture_of_another_precision_is_not_adopted(base, engine, tmp_path):
+    job = {"name": "one", "width": 16, "height": 16}
+    plan = plan_of(base, job, folder=tmp_path)
+    make_pictures(engine, plan.pictures, tmp_path, ManifestWriter(tmp_path / NAME), batch_size=1)
+    (tmp_path / NAME).unlink()
+    assert not standing(plan, tmp_path, settled=False).pending
+    other = plan_of(base.model_copy(update={"precision": "bf16"}), job, folder=tmp_path)
+    assert standing(other, tmp_path, settled=False, replace=True).pending

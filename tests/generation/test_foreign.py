@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from sdlora.errors import FormatError
 from sdlora.generation.foreign import ForeignAdapter, ForeignRecipe, foreign_recipe, foreign_request, read_foreign
 from sdlora.generation.foreign_comfy import foreign_comfy
+from sdlora.generation.foreign_infotext import foreign_infotext
 from sdlora.generation.foreign_recipe import literal, without_choices
 from sdlora.generation.picture_texts import PictureTexts
 from sdlora.generation.prompt_plan import plan_prompt
@@ -119,6 +120,15 @@ def test_an_upscaler_that_is_not_here_is_left_out_with_its_pass(tmp_path):
     recipe = read_foreign(png(tmp_path, parameters=text))
     assert "hires_scale" not in recipe.settings
     assert recipe.left_out[:2] == ("Hires upscale 2", "Hires upscaler R-ESRGAN 4x+")
+
+
+def test_blocks_and_steps_of_a_tag_are_carried_over():
+    tags = "<lora:a:0.5:1:lbw=MIDD:step=2-3> <lora:b:1:lbw=0,1:start=5>"
+    recipe = foreign_infotext(f"a cat {tags}\nSteps: 20, Sampler: Euler a, Seed: 1")
+    assert [(adapter.blocks, adapter.steps) for adapter in recipe.adapters] == [("MIDD", "2-3"), ("0,1", "5-")]
+    request, left_out = vars(foreign_request(recipe, by_name)).values()
+    assert [(choice.blocks, choice.steps) for choice in request.adapters] == [("MIDD", "2-3"), ("", "5-")]
+    assert "blocks '0,1' of adapter b" in left_out
 
 
 def test_choices_in_a_finished_prompt_are_not_made_again(tmp_path):

@@ -11,10 +11,11 @@ from upscaler_files import write_upscaler
 
 from sdlora.errors import ConfigError, FormatError
 from sdlora.families.latent import sampler
+from sdlora.generation import hires as hires_module
 from sdlora.generation.engine import Engine
 from sdlora.generation.hires import Hires, read_hires
 from sdlora.generation.pictures import infotext
-from sdlora.generation.request import Recipe, UsedHires
+from sdlora.generation.request import Recipe, UsedHires, make_request
 from sdlora.storage import sha256_of_file
 
 
@@ -151,3 +152,12 @@ def test_a_pickle_is_refused(engine, tmp_path):
     torch.save({"params_ema": {}}, path)
     with pytest.raises(FormatError, match=r"is a pickle or zip archive.*get the \.safetensors version"):
         make(engine, ask(**hires(hires_upscaler=str(Path(path)))))
+
+
+def test_an_upscaler_is_hashed_once(tmp_path, monkeypatch):
+    write_upscaler(tmp_path / "up.safetensors")
+    hashed = []
+    monkeypatch.setattr(hires_module, "sha256_of_file", lambda path: hashed.append(path) or "ab" * 32)
+    for seed in range(3):
+        read_hires(make_request(prompt="a", seed=seed, hires_scale=2, hires_upscaler=str(tmp_path / "up.safetensors")))
+    assert len(hashed) == 1

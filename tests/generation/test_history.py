@@ -53,6 +53,27 @@ def history(save, tmp_path):
     return found
 
 
+@pytest.mark.parametrize(
+    ("since", "until", "found"),
+    [
+        (datetime(1, 1, 1), datetime(9999, 12, 31, 23, 59), 3),
+        (datetime(9999, 12, 31), None, 0),
+        (DAY.astimezone() + timedelta(minutes=1), DAY + timedelta(minutes=61), 1),
+    ],
+)
+def test_any_moments_are_searched(history, since, until, found):
+    assert len(history.search(since=since, until=until)) == found
+
+
+def test_a_file_of_a_far_time_is_known(history, save):
+    path, _ = save("future.png", prompt="later")
+    os.utime(path, ns=(0, 2**63 + 10**9))
+    if path.stat().st_mtime_ns < 2**63:
+        pytest.skip("this file system has no such times")
+    history.refresh()
+    assert names(history.search("later")) == ["future.png"]
+
+
 def names(entries):
     return [entry.path.name for entry in entries]
 

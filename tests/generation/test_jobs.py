@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sdlora.errors import ConfigError
-from sdlora.generation.grid import make_axis, parse_axis
+from sdlora.generation.grid import label, make_axis, parse_axis
 from sdlora.generation.jobs import Job, read_jobs
 from sdlora.generation.jobs_text import parse_line
 
@@ -65,6 +65,59 @@ def problem(path: Path | None, **options: Any) -> str:
 )
 def test_a_line_of_text(line: str, values: dict[str, Any]) -> None:
     assert parse_line(line) == values
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[defaults]\nsize = "64x64"\n[[jobs]]\nprompt = "a"\nwidth = 128\nheight = 64',
+        '[defaults]\nwidth = 64\n[[jobs]]\nprompt = "a"\nsize = "128x64"',
+        '[defaults]\nsize = "64x64"\n[grid]\nprompt = ["a"]\nwidth = [128]\nheight = 64',
+    ],
+)
+def test_what_a_job_says_of_its_size_counts(tmp_path, text):
+    (tmp_path / "jobs.toml").write_text(text)
+    (job,) = read_jobs(tmp_path / "jobs.toml")
+    assert (job.request.width, job.request.height) == (128, 64)
+
+
+def test_size_and_width_of_one_job_are_refused(tmp_path):
+    (tmp_path / "jobs.txt").write_text("a --w 128 --size 64x64")
+    with pytest.raises(ConfigError, match="size is given beside width or height"):
+        read_jobs(tmp_path / "jobs.txt")
+
+
+@pytest.mark.parametrize(
+    ("together", "sentence"),
+    [('[["prompt", "seed"], ["prompt", "steps"]]', "zip names 'prompt' twice"), ('[[["seed"]]]', "which is no list")],
+)
+def test_axes_advance_with_one_group_alone(tmp_path, together, sentence):
+    (tmp_path / "jobs.toml").write_text(f'[grid]\nprompt = ["a", "b"]\nseed = [1, 2]\nsteps = [3, 4]\nzip = {together}')
+    with pytest.raises(ConfigError, match=sentence):
+        read_jobs(tmp_path / "jobs.toml")
+
+
+def test_labels_tell_blocks_and_steps():
+    table = {"path": "lib/cat.safetensors", "weight": 0.5, "blocks": "MIDD", "steps": "5-"}
+    assert label(table) == "cat:0.5 blocks MIDD steps 5-"
+
+
+def test_ranges_of_a_mask():
+    assert parse_axis("mask_blur=0..2").values == (0, 1, 2)
+    assert parse_axis("masked_padding=0..64:32").values == (0, 32, 64)
+
+
+def test_values_that_are_no_list_are_refused():
+    assert parse_axis("prompt=a\rb").values == ("a b",)
+    with pytest.raises(ConfigError, match="cannot be told apart"):
+        parse_axis("prompt=" + "a" * 200_000)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "sheets/contact-1", "Sheets/a"])
+def test_names_that_are_taken_or_too_long_are_refused(tmp_path, name):
+    (tmp_path / "jobs.txt").write_text(f"a --name {name}")
+    with pytest.raises(ConfigError, match="name"):
+        read_jobs(tmp_path / "jobs.txt")
 
 
 def test_text_jobs_skip_comments_and_know_their_lines(tmp_path: Path) -> None:
