@@ -72,9 +72,10 @@ class Engine:
         self.base = load_for(base, device, offload) if isinstance(base, BaseSection) else base
         if channels_last:
             lay_channels_last(self.base)
-        self._colours = latent_colours(self.base)
         placement = Placement(self.base, offload)
         placement.rest()
+        with placement.using("vae"):
+            self._colours = latent_colours(self.base)
         compiled = CompiledUnet(self.base) if compile and not live_adapters else None
         self._stops_in_unet = compiled is None
         self._find_adapter = find_adapter

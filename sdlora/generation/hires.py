@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from sdlora.errors import ConfigError
+from sdlora.families.sampler_names import SAMPLERS
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, UsedHires
 from sdlora.generation.source import MAX_SIDE
 from sdlora.generation.upscaler import check_upscaler
@@ -14,7 +15,8 @@ from sdlora.storage import sha256_of_file, user_path
 
 _MOST_STRENGTH = 0.999
 """At more, as in AUTOMATIC1111, no step would be left out."""
-_MOST_STEPS = 1000
+_MOST_STEPS = 999
+"""The schedule DDIM counts timesteps from 1, and so has none for 1000."""
 _STEP = 8
 
 
@@ -57,7 +59,7 @@ def _sha256(path: Path, changed_ns: int, length: int) -> str:
 def read_hires(request: GenerationRequest) -> Hires | None:
     """Return the request's second pass, None where it has none.
 
-    Raises ConfigError for an upscaler of no known name or a picture too large, FormatError for a file that is no upscaler.
+    Raises ConfigError for an upscaler of no known name, a picture too large or more steps than the sampler takes, FormatError for a file that is no upscaler.
     """
     if request.hires_scale == 1:
         return None
@@ -73,5 +75,11 @@ def read_hires(request: GenerationRequest) -> Hires | None:
     name = Path(named).stem if digest else named
     steps = request.hires_steps or request.steps
     hires = Hires(UsedHires(request.hires_scale, steps, request.hires_strength, name, digest), named)
+    if request.sampler and hires.scheduled_steps > (most := SAMPLERS[request.sampler].most_steps):
+        raise ConfigError(
+            f"{steps} steps of a second pass at hires_strength {request.hires_strength:g} are the last of "
+            f"{hires.scheduled_steps}, and the sampler {request.sampler} takes at most {most}; choose fewer hires_steps or "
+            "a higher hires_strength"
+        )
     hires.size((request.width, request.height))  # what is known of it before the base is
     return hires

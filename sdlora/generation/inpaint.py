@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
+from sdlora.errors import DataError
 from sdlora.generation.source import Source, fitted
 
 Box = tuple[int, int, int, int]
@@ -45,7 +46,10 @@ class Canvas:
 
 
 def canvas_of(source: Source, size: tuple[int, int]) -> Canvas:
-    """Return what is shown of the source to a model that works at that size."""
+    """Return what is shown of the source to a model that works at that size.
+
+    Raises DataError where the mask's blur or the resizing leaves nothing of it to paint.
+    """
     request, mask = source.request, source.mask
     if mask is None:
         return Canvas(fitted(source.picture, size, request.resize))
@@ -61,6 +65,11 @@ def canvas_of(source: Source, size: tuple[int, int]) -> Canvas:
         box = (0, 0, *size)
     if request.masked_content == "fill":
         shown = filled(shown, box_mask)
+    if box_mask.getextrema()[1] < _HALF:
+        raise DataError(
+            f"{request.mask}: what is white in it is too small for a mask_blur of {request.mask_blur:g}, or cut off by the "
+            "resizing, so nothing would be painted anew; choose a smaller mask_blur or paint it larger"
+        )
     # Twice as steep, so that what was painted anew in full is also shown in full, and the border is blended outside it.
     return Canvas(shown, box_mask, around, soft.point([min(255, 2 * value) for value in range(256)]), box)
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sdlora.adapters.inject import has_float32_adapter
-from sdlora.errors import GenerationError
+from sdlora.errors import ConfigError, GenerationError
 from sdlora.families.base import LoadedBase, PromptStyle, autocast
 from sdlora.families.samplers import make_sampler
 from sdlora.generation.asked import Asked
@@ -135,7 +135,7 @@ class Renderer:
             passes.append((asked.hires.scheduled_steps, asked.hires.run_steps))
         counts = []
         for steps, run in passes:
-            scheduler.set_timesteps(steps)
+            _plan(scheduler, steps)
             counts.append(len(scheduler.timesteps) - (steps - run) * scheduler.order if run else 0)
         return counts
 
@@ -149,6 +149,17 @@ class Renderer:
         if self._base.dtype != torch.float32 and has_float32_adapter(self._base):
             return autocast(self._base)
         return nullcontext()
+
+
+def _plan(scheduler: Any, steps: int) -> None:
+    """The sampler is set to so many steps. Raises ConfigError where it has no timesteps for so many."""
+    try:
+        scheduler.set_timesteps(steps)
+        fits = float(scheduler.timesteps.max()) < scheduler.config.num_train_timesteps
+    except ValueError:  # of LCM, whose steps are some of those that it was distilled with
+        fits = False
+    if not fits:
+        raise ConfigError(f"the sampler {type(scheduler).__name__} cannot make {steps} steps; choose fewer")
 
 
 def _canvas(asked: Asked, base: LoadedBase) -> Canvas | None:

@@ -41,12 +41,16 @@ def parse_step_weights(text: str) -> StepWeights:
     """Return the factors that a text names; a number with a point is a fraction of all steps.
 
     "5-20": whole from step 5 to step 20, else not at all; "5-" and "-20" with one end. "1@0, 0.5@8, 0@0.8": a factor
-    of 1 at first, half after step 8, none after 80 % of the steps. Raises ValueError for anything else.
+    of 1 at first, half after step 8, none after 80 % of the steps. Raises ValueError for anything else,
+    and for a range that ends before it begins.
     """
     if (ends := _RANGE.fullmatch(text)) and (ends[1] or ends[2]):
         first = _when(ends[1] or "0")
+        last = _when(ends[2]) if ends[2] else None
+        if last and last.fraction == first.fraction and last.value < first.value:
+            raise ValueError(f"{text!r} ends before it begins")
         begin = When(first.value if first.fraction else first.value - 1, first.fraction)
-        return StepWeights(((begin, 1.0), *(((_when(ends[2]), 0.0),) if ends[2] else ())))
+        return StepWeights(((begin, 1.0), *(((last, 0.0),) if last else ())))
     changes = [_CHANGE.fullmatch(item) for item in text.split(",")]
     if not all(changes):
         raise ValueError('expected a range such as "5-20" or "0.2-0.8", or "1@0, 0.5@8"')

@@ -181,6 +181,8 @@ def _names(path: Path, keys: Mapping[str, object]) -> dict[str, str]:
     if "model.0.weight" not in keys or not any(_OLD_BLOCK.match(key) for key in keys):
         raise FormatError(f"{path}: is no upscaler that is known; {_EXPECTED}")
     numbers = sorted({int(match[1]) for key in keys if (match := _OLD_OTHER.match(key))})
+    if len(numbers) < 3:
+        raise FormatError(f"{path}: is no upscaler that is known; {_EXPECTED}")
     last, before_last = numbers[-1], numbers[-2]
     doublings = [number for number in numbers if 0 < number < before_last]
     places = {0: "conv_first", before_last: "conv_hr", last: "conv_last"}

@@ -66,6 +66,13 @@ def close(one, other) -> bool:
     return bool(np.abs(one - other).max() <= 1 and np.mean(one != other) < 0.01)
 
 
+@pytest.mark.parametrize("sampler", ["DDIM", "PLMS", "DDPM", ""])
+def test_more_steps_than_a_sampler_has_timesteps_are_refused(engine, sampler):
+    """Counted from 1, the last of 1000 would be timestep 1000, which there is not."""
+    with pytest.raises(ConfigError, match="Scheduler cannot make 1000 steps; choose fewer"):
+        make(engine, ask(sampler=sampler, steps=1000))
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_the_pixels_are_those_of_diffusers_own_pipeline(engine, theirs, name):
     assert close(picture(engine, sampler=name), theirs(*THEIRS[name]))

@@ -81,7 +81,7 @@ def test_latents_are_enlarged_and_noised_with_the_seeds_first_draw(engine, monke
 
 def test_steps_are_those_that_run():
     """As in AUTOMATIC1111: so many steps, the last ones of as many more as the strength leaves out."""
-    for steps, strength, scheduled in [(10, 0.5, 20), (10, 0.7, 14), (20, 1.0, 20), (25, 0.3, 83), (10, 0.001, 1000)]:
+    for steps, strength, scheduled in [(10, 0.5, 20), (10, 0.7, 14), (20, 1.0, 20), (25, 0.3, 83), (10, 0.001, 999)]:
         second = Hires(UsedHires(2.0, steps, strength, "latent"), "latent")
         assert (second.scheduled_steps, second.run_steps) == (scheduled, steps)
     assert Hires(UsedHires(2.0, 10, 0.0, "latent"), "latent").run_steps == 0
@@ -130,6 +130,11 @@ def test_pictures_with_and_without_a_second_pass_are_not_mixed(engine):
     [
         ({"hires_upscaler": "latant"}, ConfigError, "hires_upscaler is 'latant'; expected latent, "),
         ({"hires_upscaler": "missing.safetensors"}, FormatError, "missing.safetensors: cannot be read"),
+        (
+            {"sampler": "LCM", "steps": 8, "hires_steps": 0, "hires_strength": 0.1},
+            ConfigError,
+            "8 steps of a second pass at hires_strength 0.1 are the last of 80, and the sampler LCM takes at most 50",
+        ),
         ({"hires_scale": 8, "width": 1024}, ConfigError, "hires_scale 8 makes 8192x256 pixels, at most 4096"),
     ],
 )

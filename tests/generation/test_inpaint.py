@@ -186,6 +186,18 @@ def test_a_mask_that_cannot_be_used_is_one_sentence(engine, tmp_path, photo):
             make(engine, ask(image=photo, mask=path))
 
 
+@pytest.mark.parametrize(
+    "values", [{}, {"inpaint_area": "only masked"}, {"resize": "crop and resize", "width": 24, "mask_blur": 0.0}]
+)
+def test_a_mask_of_which_nothing_is_left_is_refused(engine, tmp_path, photo, values):
+    """A blur of 4 pixels leaves less than half of a spot of 3, and cropping nothing of one at the side."""
+    mask = masked(tmp_path / "spot.png", (64, 64), (2, 30, 5, 33))
+    with pytest.raises(
+        DataError, match=r"spot\.png: what is white in it is too small for a mask_blur of .* paint it larger"
+    ):
+        make(engine, ask(image=photo, mask=mask, height=64, **values))
+
+
 def test_a_mask_of_another_size_and_the_same_shape_is_scaled(engine, tmp_path, photo, mask):
     large = masked(tmp_path / "large.png", (256, 256), (128, 0, 256, 256))
     assert same(make(engine, ask(image=photo, mask=mask)), make(engine, ask(image=photo, mask=large)))

@@ -63,6 +63,17 @@ def test_with_offloading_each_part_is_on_the_device_only_while_it_works(tiny_bas
     assert moves.log == one * 2
 
 
+def test_a_base_that_is_offloaded_from_the_start_is_looked_at_on_the_device(tiny_base, monkeypatch):
+    """The colours of previews are fitted to what its VAE makes."""
+    base = tiny_base()
+    moves = Moves(base, monkeypatch)
+    encode = base.vae.encode
+    monkeypatch.setattr(base.vae, "encode", lambda pixels: moves.there == {"vae"} and encode(pixels))
+    monkeypatch.setattr(memory, "load_base", lambda *_, **__: base)
+    Engine("tiny", offload="model")
+    assert not moves.there
+
+
 def test_parts_are_off_again_after_an_error(tiny_base, monkeypatch):
     base = tiny_base()
     moves = Moves(base, monkeypatch)

@@ -23,6 +23,12 @@ def test_factors_by_step(text, steps, expected):
     assert [weights.at(step, steps) for step in range(1, steps + 1)] == expected
 
 
+@pytest.mark.parametrize("text", ["20-5", "0.8-0.2"])
+def test_a_range_that_ends_before_it_begins_is_refused(text):
+    with pytest.raises(ValueError, match=f"'{text}' ends before it begins"):
+        parse_step_weights(text)
+
+
 @pytest.mark.parametrize("text", ["", "-", "5", "a-b", "1@", "@2", "1@0,", "1-2-3", "1@-2"])
 def test_anything_else_is_refused(text):
     with pytest.raises(ValueError, match='expected a range such as "5-20"'):

@@ -127,6 +127,10 @@ def test_tiles_cover_every_pixel_once(width, height):
             lambda t: {k: v for k, v in t.items() if "conv_hr" not in k},
             "differs from a network of its kind at 'conv_hr.bias'",
         ),
+        (
+            lambda t: {"model.0.weight": torch.zeros(2), "model.1.sub.0.RDB1.conv1.0.weight": torch.zeros(2)},
+            "is no upscaler that is known; expected",
+        ),
         (lambda t: {**t, "extra.weight": torch.zeros(1)}, "at 'extra.weight'"),
         (lambda t: {**t, "conv_first.weight": torch.zeros(8, 5, 3, 3)}, "takes 5 channels"),
         (lambda t: {**t, "conv_first.weight": torch.zeros(8)}, "is no upscaler that is known"),
