@@ -24,7 +24,7 @@ import machine
 from PIL import Image
 
 from sdlora import History, Recipe, save_picture
-from sdlora.generation.history_row import insert, row_of
+from sdlora.generation.history.row import insert, row_of
 from sdlora.generation.request import UsedAdapter
 
 _WORDS = (

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from sdlora.families.registry import detect_family, load_base
     from sdlora.families.stored_base import StoredBase, open_base
     from sdlora.generation.engine import Engine
-    from sdlora.generation.foreign import ForeignRecipe, foreign_request, read_foreign
-    from sdlora.generation.history import History
+    from sdlora.generation.foreign.reading import ForeignRecipe, foreign_request, read_foreign
+    from sdlora.generation.history.index import History
     from sdlora.generation.infotext import parse_infotext
     from sdlora.generation.pictures import read_recipe, save_picture
     from sdlora.generation.replay import replay
@@ -50,9 +50,9 @@ _HOMES = {
     "Dataset": "sdlora.data.source",
     "Engine": "sdlora.generation.engine",
     "ExtractSettings": "sdlora.adapters.extract",
-    "ForeignRecipe": "sdlora.generation.foreign",
+    "ForeignRecipe": "sdlora.generation.foreign.reading",
     "GenerationRequest": "sdlora.generation.request",
-    "History": "sdlora.generation.history",
+    "History": "sdlora.generation.history.index",
     "LoadedBase": "sdlora.families.base",
     "LoraLayer": "sdlora.adapters.layers",
     "MergePart": "sdlora.adapters.merge",
@@ -67,7 +67,7 @@ _HOMES = {
     "convert_adapter": "sdlora.adapters.convert",
     "detect_family": "sdlora.families.registry",
     "extract": "sdlora.adapters.extract",
-    "foreign_request": "sdlora.generation.foreign",
+    "foreign_request": "sdlora.generation.foreign.reading",
     "inspect_adapter": "sdlora.adapters.inspect",
     "load_base": "sdlora.families.registry",
     "load_config": "sdlora.config",
@@ -79,7 +79,7 @@ _HOMES = {
     "parse_config": "sdlora.config",
     "parse_infotext": "sdlora.generation.infotext",
     "read_adapter": "sdlora.adapters.file",
-    "read_foreign": "sdlora.generation.foreign",
+    "read_foreign": "sdlora.generation.foreign.reading",
     "read_recipe": "sdlora.generation.pictures",
     "replay": "sdlora.generation.replay",
     "resize": "sdlora.adapters.resize",

@@ -21,8 +21,8 @@ from sdlora.cli.batch import _parser as batch_parser
 from sdlora.cli.generate import _parser as generate_parser
 from sdlora.cli.train import parse_arguments
 from sdlora.config import TrainConfig, field_descriptions, require_complete, setting_at
-from sdlora.generation.grid import parse_axis
-from sdlora.generation.jobs import read_jobs
+from sdlora.generation.batch.grid import parse_axis
+from sdlora.generation.batch.jobs import read_jobs
 
 ROOT = Path(__file__).parents[1]
 FORMATS = ROOT / "docs" / "formats.md"

@@ -15,15 +15,15 @@ from sdlora.cli.batch_progress import BatchView, duration
 from sdlora.cli.request_flags import add_request_flags, request_values
 from sdlora.errors import ConfigError
 from sdlora.generation.asked import FindAdapter
-from sdlora.generation.batch import Standing, make_pictures, standing
-from sdlora.generation.batch_plan import BatchPlan, Picture, in_groups, plan_batch
-from sdlora.generation.batch_rate import measured_rate
-from sdlora.generation.faults import Faults
-from sdlora.generation.grid import parse_axis
-from sdlora.generation.jobs import read_jobs
-from sdlora.generation.manifest import NAME, ManifestWriter, part_name, read_manifest, settle
-from sdlora.generation.ranks import Ranks, deal
-from sdlora.generation.sheets import Layout, parse_layout, planes, write_contact_sheets, write_grids
+from sdlora.generation.batch.faults import Faults
+from sdlora.generation.batch.grid import parse_axis
+from sdlora.generation.batch.jobs import read_jobs
+from sdlora.generation.batch.making import Standing, make_pictures, standing
+from sdlora.generation.batch.manifest import NAME, ManifestWriter, part_name, read_manifest, settle
+from sdlora.generation.batch.plan import BatchPlan, Picture, in_groups, plan_batch
+from sdlora.generation.batch.ranks import Ranks, deal
+from sdlora.generation.batch.rate import measured_rate
+from sdlora.generation.batch.sheets import Layout, parse_layout, planes, write_contact_sheets, write_grids
 from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable, user_path
 

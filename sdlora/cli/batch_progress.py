@@ -8,7 +8,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from sdlora.generation.batch import BatchProgress
+from sdlora.generation.batch.making import BatchProgress
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -15,7 +15,7 @@ from sdlora.errors import ConfigError
 from sdlora.storage import user_path
 
 if TYPE_CHECKING:
-    from sdlora.generation.history_query import HistoryEntry
+    from sdlora.generation.history.query import HistoryEntry
 
 _LONGEST_PROMPT = 100
 
@@ -110,7 +110,7 @@ def _line(entry: HistoryEntry, shown_path: Path) -> str:
 
 
 def _rate(arguments: Sequence[str]) -> int:
-    from sdlora.generation.history import history_of
+    from sdlora.generation.history.index import history_of
 
     parser = argparse.ArgumentParser(prog="sdlora history rate", description="Give a picture 1 to 5 stars, or none: 0.")
     parser.add_argument("picture", help="a picture with a recipe")

@@ -13,7 +13,7 @@ from sdlora.storage import check_writable, is_there, user_path
 
 if TYPE_CHECKING:
     from sdlora import BaseSection, GenerationRequest, Recipe
-    from sdlora.generation.foreign import ForeignAdapter, ForeignRecipe, ForeignRequest
+    from sdlora.generation.foreign.reading import ForeignAdapter, ForeignRecipe, ForeignRequest
     from sdlora.generation.replay import Comparison, Replayed
     from sdlora.generation.request import UsedAdapter
     from sdlora.sharing.library import AdapterLibrary
@@ -166,7 +166,7 @@ def _library(folder: str) -> AdapterLibrary:
 
 
 def _foreign(options: argparse.Namespace, picture: Path) -> int:
-    from sdlora.generation.foreign import foreign_request, read_foreign
+    from sdlora.generation.foreign.reading import foreign_request, read_foreign
 
     recipe = read_foreign(picture)
     asked = foreign_request(recipe, _by_name(options.library, recipe))

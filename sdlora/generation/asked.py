@@ -47,6 +47,10 @@ class Asked:
         """Return width and height in pixels, as the model works at them; a second pass is larger."""
         return work_size(self.request, self.source.size if self.source else None, base.resolution)
 
+    def final_size(self, base: LoadedBase) -> tuple[int, int]:
+        """Return width and height in pixels of the last pass."""
+        return self.hires.size(self.size(base)) if self.hires else self.size(base)
+
 
 def check_pictures(request: GenerationRequest) -> None:
     """Raise DataError, FormatError or ConfigError for a picture, mask or upscaler that cannot be used, before a base is loaded."""

@@ -65,7 +65,7 @@ def canvas_of(source: Source, size: tuple[int, int]) -> Canvas:
         box = (0, 0, *size)
     if request.masked_content == "fill":
         shown = filled(shown, box_mask)
-    if box_mask.getextrema()[1] < _HALF:
+    if np.asarray(box_mask).max() < _HALF:
         raise DataError(
             f"{request.mask}: what is white in it is too small for a mask_blur of {request.mask_blur:g}, or cut off by the "
             "resizing, so nothing would be painted anew; choose a smaller mask_blur or paint it larger"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -48,7 +49,10 @@ class Renderer:
         request = batch[0].request
         zero_snr = wants_zero_snr(self._base, request, acting[0].zero_snr)
         scheduler = self._sampler(request.sampler, request.schedule, zero_snr)
-        vaes = [Vae(self._base, asked.request.vae_tiling, asked.texts.prompt) for asked in batch]
+        vaes = [
+            Vae(self._base, asked.request.vae_tiling, asked.texts.prompt, math.prod(asked.final_size(self._base)))
+            for asked in batch
+        ]
         canvases = [_canvas(asked, self._base) for asked in batch]
         with torch.no_grad(), self._autocast():
             latents = self._denoise(batch, acting, scheduler, vaes, canvases, after_step)

@@ -19,7 +19,7 @@ from sdlora.families.registry import default_device
 from sdlora.generation.engine import Engine, OnStep
 from sdlora.generation.find_base import FindBase
 from sdlora.generation.find_input import FindInput, input_finder, input_settings
-from sdlora.generation.foreign_recipe import without_choices
+from sdlora.generation.foreign.recipe import without_choices
 from sdlora.generation.picture_texts import SAVED_AS, read_texts
 from sdlora.generation.pictures import Compression, pixel_options, read_recipe
 from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, make_request

@@ -85,7 +85,7 @@ class GenerationRequest(Section):
     schedule: str = ""
     """How the steps are spaced, such as Karras; left out: the sampler's usual one."""
     zero_snr: ZeroSnr = "auto"
-    """Whether noise ends in pure noise: auto where base or adapter were trained so; on, off."""
+    """Whether noise ends in pure noise: auto where base or adapter were trained so; on; off: not for an adapter's sake."""
     noise: NoiseSource = "cpu"
     """cpu: a seed is the same picture on every device; cuda: the noise that programs drawing on a GPU have."""
     width: _Side = 0

@@ -23,10 +23,11 @@ class Vae:
     Its weights, precision and settings are as before after each call, whatever happens inside.
     """
 
-    def __init__(self, base: LoadedBase, tiling: Tiling, prompt: str) -> None:
+    def __init__(self, base: LoadedBase, tiling: Tiling, prompt: str, most_pixels: int = 0) -> None:
+        """`most_pixels` are those of the largest of several passes, so that all of them are in tiles or none."""
         self._base = base
         self._prompt = prompt
-        self._tiling = tiling
+        self._tiling: Tiling = "on" if tiling == "auto" and most_pixels > _TILED_ABOVE_PIXELS else tiling
         self.tiled = False
         """Whether it worked in tiles."""
         self.notes: list[str] = []

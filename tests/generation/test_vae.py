@@ -127,6 +127,10 @@ def test_auto_is_in_tiles_for_large_pictures_and_where_memory_runs_out(tiny_base
     large = Vae(base, "auto", "x")
     large.decode(latents(16))
     assert calls == [True] and large.tiled
+    calls.clear()
+    first = Vae(base, "auto", "x", 101 * 100)  # small itself, but a larger pass follows
+    first.decode(latents(8))
+    assert calls == [True] and first.tiled
 
 
 def test_the_recipe_says_whether_it_worked_in_tiles(tiny_base):

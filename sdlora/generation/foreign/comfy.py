@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from sdlora.errors import FormatError
-from sdlora.generation.foreign_recipe import (
+from sdlora.generation.foreign.recipe import (
     LONGEST_PROMPT,
     ForeignAdapter,
     ForeignRecipe,

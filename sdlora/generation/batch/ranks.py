@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from sdlora.errors import SdloraError
-from sdlora.generation.batch_plan import Picture, in_groups
+from sdlora.generation.batch.plan import Picture, in_groups
 
 _LONGEST_WAIT = timedelta(days=30)
 """That a process which is done early waits for the others: a batch may take a night, and its shares are not equally long."""

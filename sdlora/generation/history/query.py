@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sdlora.errors import ConfigError
-from sdlora.generation.history_row import folded
+from sdlora.generation.history.row import folded
 
 _HASH = re.compile(r"[0-9a-f]{6,64}")
 _MOST_WORDS, _LONGEST_TEXT = 32, 1000

@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from sdlora.errors import PICTURE_DAMAGE, ConfigError
-from sdlora.generation.batch_plan import Picture
-from sdlora.generation.grid import label
-from sdlora.generation.job_fields import SHEETS, field_of
+from sdlora.generation.batch.grid import label
+from sdlora.generation.batch.job_fields import SHEETS, field_of
+from sdlora.generation.batch.plan import Picture
 from sdlora.lettering import fit, font, wrap
 from sdlora.storage import atomic_path
 

@@ -12,11 +12,11 @@ from itertools import islice
 from pathlib import Path
 
 from sdlora.errors import ConfigError, FormatError
-from sdlora.generation.history_query import HistoryEntry, HistoryQuery, Selection, selection
-from sdlora.generation.history_row import PictureRow, insert, read_row, row_of, signature_of
-from sdlora.generation.history_tables import SCHEMA, TABLES
+from sdlora.generation.history.query import HistoryEntry, HistoryQuery, Selection, selection
+from sdlora.generation.history.ratings import Ratings
+from sdlora.generation.history.row import PictureRow, insert, read_row, row_of, signature_of
+from sdlora.generation.history.tables import SCHEMA, TABLES
 from sdlora.generation.pictures import SUFFIXES
-from sdlora.generation.ratings import Ratings
 from sdlora.generation.request import Recipe
 from sdlora.sqlite_index import SqliteIndex
 from sdlora.storage import is_there, user_path

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sdlora.errors import ConfigError
-from sdlora.generation.batch_plan import Picture
+from sdlora.generation.batch.plan import Picture
+from sdlora.generation.batch.sheets import Layout, parse_layout, planes, write_contact_sheets, write_grids
 from sdlora.generation.request import make_request
-from sdlora.generation.sheets import Layout, parse_layout, planes, write_contact_sheets, write_grids
 
 COLOURS = ((220, 30, 30), (30, 200, 30), (30, 30, 220), (220, 220, 30), (220, 30, 220), (30, 220, 220))
 

@@ -21,9 +21,9 @@ from sdlora.families.registry import section_sha256, usual_side
 from sdlora.families.sources import find_base
 from sdlora.families.traits import FamilyTraits
 from sdlora.generation.asked import Asked, FindAdapter, asked_pictures, read_folder
-from sdlora.generation.faults import Faults
-from sdlora.generation.grid import Point
-from sdlora.generation.jobs import Job
+from sdlora.generation.batch.faults import Faults
+from sdlora.generation.batch.grid import Point
+from sdlora.generation.batch.jobs import Job
 from sdlora.generation.request import (
     LATENT_UPSCALERS,
     PIXEL_UPSCALERS,
@@ -73,8 +73,6 @@ class BatchPlan:
     base_sha256: str
     pictures: tuple[Picture, ...]
     """A picture that several jobs ask for stands here for each of them, with one identity and file."""
-    side: int
-    """Of pictures whose size is not given, in pixels."""
 
     def different(self) -> list[Picture]:
         """Return each picture once."""
@@ -105,7 +103,7 @@ def plan_batch(
     faults.raise_all("the jobs")
     files: dict[str, str] = {}
     placed = (replace(picture, file=files.setdefault(picture.identity, picture.file)) for picture in pictures)
-    return BatchPlan(base, planner.base_sha256, tuple(placed), planner.side)
+    return BatchPlan(base, planner.base_sha256, tuple(placed))
 
 
 class _Planner:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.errors import ConfigError
-from sdlora.generation.job_fields import field_of, over
+from sdlora.generation.batch.job_fields import field_of, over
 from sdlora.storage import user_path
 
 MOST_PICTURES = 1_000_000

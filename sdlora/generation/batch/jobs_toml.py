@@ -8,8 +8,8 @@ from typing import Any
 
 from sdlora.config import load_config
 from sdlora.errors import ConfigError
-from sdlora.generation.faults import Faults
-from sdlora.generation.grid import (
+from sdlora.generation.batch.faults import Faults
+from sdlora.generation.batch.grid import (
     MOST_PICTURES,
     REPLACE,
     Axis,
@@ -19,8 +19,8 @@ from sdlora.generation.grid import (
     product_size,
     refuse_doubles,
 )
-from sdlora.generation.job_draft import Draft
-from sdlora.generation.job_fields import by_field, over
+from sdlora.generation.batch.job_draft import Draft
+from sdlora.generation.batch.job_fields import by_field, over
 
 _TABLES = ("defaults", "jobs", "grid")
 _TOGETHER = "zip"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from sdlora.errors import ConfigError
-from sdlora.generation.grid import label, make_axis, parse_axis
-from sdlora.generation.jobs import Job, read_jobs
-from sdlora.generation.jobs_text import parse_line
+from sdlora.generation.batch.grid import label, make_axis, parse_axis
+from sdlora.generation.batch.jobs import Job, read_jobs
+from sdlora.generation.batch.jobs_text import parse_line
 
 
 def write(folder: Path, name: str, text: str) -> Path:

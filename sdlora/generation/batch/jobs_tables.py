@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdlora.errors import ConfigError
-from sdlora.generation.faults import Faults
-from sdlora.generation.job_draft import Draft, file_text
-from sdlora.generation.job_fields import by_field, field_of
+from sdlora.generation.batch.faults import Faults
+from sdlora.generation.batch.job_draft import Draft, file_text
+from sdlora.generation.batch.job_fields import by_field, field_of
 
 _DELIMITERS = ",;\t|"
 

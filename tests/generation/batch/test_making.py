@@ -21,16 +21,16 @@ from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, OutputError
 from sdlora.families.registry import section_sha256, usual_side
 from sdlora.families.sd import SD2
-from sdlora.generation.batch import full_batches, make_pictures, standing
-from sdlora.generation.batch_plan import BatchPlan, Picture, plan_batch
-from sdlora.generation.batch_rate import measured_rate
+from sdlora.generation.batch.faults import Faults
+from sdlora.generation.batch.grid import parse_axis
+from sdlora.generation.batch.jobs import read_jobs
+from sdlora.generation.batch.making import full_batches, make_pictures, standing
+from sdlora.generation.batch.manifest import NAME, ManifestWriter, read_manifest, settle
+from sdlora.generation.batch.plan import BatchPlan, Picture, plan_batch
+from sdlora.generation.batch.ranks import deal
+from sdlora.generation.batch.rate import measured_rate
 from sdlora.generation.engine import Engine
-from sdlora.generation.faults import Faults
-from sdlora.generation.grid import parse_axis
-from sdlora.generation.jobs import read_jobs
-from sdlora.generation.manifest import NAME, ManifestWriter, read_manifest, settle
 from sdlora.generation.pictures import read_recipe
-from sdlora.generation.ranks import deal
 from sdlora.generation.request import make_request
 
 

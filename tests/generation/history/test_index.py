@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from sdlora.errors import ConfigError, FormatError, OutputError
-from sdlora.generation import history as history_module
-from sdlora.generation.history import INDEX_NAME, History, history_of
+from sdlora.generation.history import index as history_module
+from sdlora.generation.history.index import INDEX_NAME, History, history_of
+from sdlora.generation.history.ratings import RATINGS_NAME
 from sdlora.generation.pictures import save_picture
-from sdlora.generation.ratings import RATINGS_NAME
 from sdlora.generation.request import UsedAdapter
 
 DAY = datetime(2026, 11, 22, 12)
@@ -284,7 +284,7 @@ WRITER = """
 import json, sys
 from pathlib import Path
 from PIL import Image
-from sdlora.generation.history import History
+from sdlora.generation.history.index import History
 from sdlora.generation.pictures import save_picture
 from sdlora.generation.request import Recipe
 folder, text, first = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

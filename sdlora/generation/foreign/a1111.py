@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdlora.errors import FormatError
-from sdlora.generation.foreign_recipe import ForeignAdapter, ForeignRecipe, as_integer, as_number, without_choices
+from sdlora.generation.foreign.recipe import ForeignAdapter, ForeignRecipe, as_integer, as_number, without_choices
 from sdlora.generation.infotext import Infotext, parse_infotext
 from sdlora.generation.prompts import parse_tags
 from sdlora.generation.start_fields import UPSCALERS

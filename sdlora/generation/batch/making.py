@@ -22,7 +22,8 @@ from sdlora.errors import (
     SdloraError,
 )
 from sdlora.generation.asked import FindAdapter, asked_pictures, read_folder
-from sdlora.generation.batch_plan import (
+from sdlora.generation.batch.manifest import Line, ManifestWriter, part_name, read_manifest, settle
+from sdlora.generation.batch.plan import (
     BatchPlan,
     Picture,
     identity_mark,
@@ -32,7 +33,6 @@ from sdlora.generation.batch_plan import (
 )
 from sdlora.generation.batches import Likeness, likeness
 from sdlora.generation.engine import Engine
-from sdlora.generation.manifest import Line, ManifestWriter, part_name, read_manifest, settle
 from sdlora.generation.pictures import read_recipe, save_picture
 from sdlora.generation.request import Recipe
 

@@ -10,13 +10,13 @@ from typing import Any
 from sdlora.config import validated
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.generation.asked import FindAdapter
-from sdlora.generation.faults import Faults
-from sdlora.generation.grid import MOST_PICTURES, Axis, Point, grid_points, product_size, refuse_doubles
-from sdlora.generation.job_draft import Draft
-from sdlora.generation.job_fields import over, request_values
-from sdlora.generation.jobs_tables import read_csv_jobs, read_jsonl_jobs
-from sdlora.generation.jobs_text import read_text_jobs
-from sdlora.generation.jobs_toml import read_toml_jobs
+from sdlora.generation.batch.faults import Faults
+from sdlora.generation.batch.grid import MOST_PICTURES, Axis, Point, grid_points, product_size, refuse_doubles
+from sdlora.generation.batch.job_draft import Draft
+from sdlora.generation.batch.job_fields import over, request_values
+from sdlora.generation.batch.jobs_tables import read_csv_jobs, read_jsonl_jobs
+from sdlora.generation.batch.jobs_text import read_text_jobs
+from sdlora.generation.batch.jobs_toml import read_toml_jobs
 from sdlora.generation.request import GenerationRequest
 from sdlora.storage import is_there, user_path
 

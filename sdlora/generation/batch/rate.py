@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 
 from sdlora.generation.asked import FindAdapter
-from sdlora.generation.batch import full_batches
-from sdlora.generation.batch_plan import Picture
+from sdlora.generation.batch.making import full_batches
+from sdlora.generation.batch.plan import Picture
 from sdlora.generation.engine import Engine
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.errors import FormatError
-from sdlora.generation.foreign import foreign_recipe
-from sdlora.generation.foreign_recipe import ForeignRecipe
+from sdlora.generation.foreign.reading import foreign_recipe
+from sdlora.generation.foreign.recipe import ForeignRecipe
 from sdlora.generation.picture_texts import RECIPE, PictureTexts, read_texts
 from sdlora.generation.request import Recipe
 

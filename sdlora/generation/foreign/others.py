@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdlora.errors import FormatError
-from sdlora.generation.foreign_recipe import (
+from sdlora.generation.foreign.recipe import (
     LONGEST_PROMPT,
     ForeignAdapter,
     ForeignRecipe,

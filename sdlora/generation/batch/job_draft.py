@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.errors import ConfigError
-from sdlora.generation.grid import Point
+from sdlora.generation.batch.grid import Point
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import FormatError
-from sdlora.generation.foreign import ForeignAdapter, ForeignRecipe, foreign_recipe, foreign_request, read_foreign
-from sdlora.generation.foreign_comfy import foreign_comfy
-from sdlora.generation.foreign_infotext import foreign_infotext
-from sdlora.generation.foreign_recipe import literal, without_choices
+from sdlora.generation.foreign.a1111 import foreign_infotext
+from sdlora.generation.foreign.comfy import foreign_comfy
+from sdlora.generation.foreign.reading import (
+    ForeignAdapter,
+    ForeignRecipe,
+    foreign_recipe,
+    foreign_request,
+    read_foreign,
+)
+from sdlora.generation.foreign.recipe import literal, without_choices
 from sdlora.generation.picture_texts import PictureTexts
 from sdlora.generation.prompt_plan import plan_prompt
 from sdlora.generation.prompts import parse_attention, parse_tags

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.errors import ConfigError, FormatError, first_line
-from sdlora.generation.foreign_comfy import foreign_comfy
-from sdlora.generation.foreign_infotext import foreign_infotext
-from sdlora.generation.foreign_others import foreign_invoke, foreign_novel
-from sdlora.generation.foreign_recipe import ForeignAdapter, ForeignRecipe, parse_object
+from sdlora.generation.foreign.a1111 import foreign_infotext
+from sdlora.generation.foreign.comfy import foreign_comfy
+from sdlora.generation.foreign.others import foreign_invoke, foreign_novel
+from sdlora.generation.foreign.recipe import ForeignAdapter, ForeignRecipe, parse_object
+from sdlora.generation.foreign.stealth import hidden_text
 from sdlora.generation.picture_texts import INFOTEXT, PictureTexts, read_texts
 from sdlora.generation.request import GenerationRequest, make_request
-from sdlora.generation.stealth import hidden_text
 
 __all__ = ["ForeignAdapter", "ForeignRecipe", "ForeignRequest", "foreign_request", "read_foreign"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdlora.generation.faults import Faults
-from sdlora.generation.job_draft import Draft, file_text
-from sdlora.generation.job_fields import by_field
+from sdlora.generation.batch.faults import Faults
+from sdlora.generation.batch.job_draft import Draft, file_text
+from sdlora.generation.batch.job_fields import by_field
 
 _OPTION = re.compile(r"(?:(?<=\s)|^)--([A-Za-z][\w-]*)(?:\s+|=|$)")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"(?=\s|$)|' + r"'([^']*)'(?=\s|$)")

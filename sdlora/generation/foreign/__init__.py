@@ -1,0 +1,1 @@
+"""Pictures of other programs: what they say of themselves, as requests."""

@@ -1,0 +1,1 @@
+"""Pictures found by what made them."""
