@@ -300,7 +300,7 @@ def test_processes_share_an_index_while_files_change(folder, tmp_path):
     for number in range(40):
         make(folder / f"{number}.safetensors", {"ss_output_name": f"number {number}"}, value=10.0 + number)
     code = (
-        "import sys\n"
+        "import sys, time\n"
         "from pathlib import Path\n"
         "from sdlora.sharing.library import AdapterLibrary\n"
         "for turn in range(6):\n"
@@ -309,6 +309,9 @@ def test_processes_share_an_index_while_files_change(folder, tmp_path):
         "    library.refresh()\n"
         "    library.search('number')\n"
         "    if turn == 2 and sys.argv[3] == '1': Path(sys.argv[2]).write_bytes(b'damaged' * 1000)\n"
+        "ended = [Path(sys.argv[2]).with_name(f'ended{n}') for n in range(3)]\n"
+        "ended[int(sys.argv[3])].touch()\n"
+        "while not all(path.exists() for path in ended): time.sleep(0.01)\n"  # nobody begins anew any more
         "library.refresh()\n"
         "print(len(library.search('number')), all(entry.id for entry in library.search()))\n"
     )
