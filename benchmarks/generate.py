@@ -98,7 +98,7 @@ def measure_job(options: argparse.Namespace) -> dict[str, Any]:
     _seconds(lambda: list(engine.generate(bare)))
     result: dict[str, Any] = {"startup_seconds": time.time() - options.started}
     with tempfile.TemporaryDirectory() as scratch:
-        files = [_random_adapter(engine.base, Path(scratch) / f"{seed}.safetensors", seed) for seed in (1, 2)]
+        files = [random_adapter(engine.base, Path(scratch) / f"{seed}.safetensors", seed) for seed in (1, 2)]
         result |= _adapter_work(engine.base, files, options.pictures)
         with_adapter = make_request(**values, adapters=({"path": str(files[0])},))
         list(engine.generate(with_adapter))
@@ -129,7 +129,7 @@ def _adapter_work(base: Any, files: Sequence[Path], rounds: int) -> dict[str, li
     return seconds
 
 
-def _random_adapter(base: Any, file: Path, seed: int) -> Path:
+def random_adapter(base: Any, file: Path, seed: int) -> Path:
     """`file` is an adapter for `base` with random weights in every attention layer."""
     import torch
 

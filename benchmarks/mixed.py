@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from generate import _random_adapter as random_adapter
+from generate import random_adapter
 
 _ADAPTERS, _BATCH = 8, 8
 _PROMPT = "a photo of a red circle"

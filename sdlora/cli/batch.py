@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdlora import Engine
 from sdlora.cli.base_flags import add_base_flags, base_section
 from sdlora.cli.batch_progress import BatchView, duration
+from sdlora.cli.engine_flags import add_engine_flags, load_engine
 from sdlora.cli.request_flags import add_request_flags, request_values
 from sdlora.errors import ConfigError
 from sdlora.generation.asked import FindAdapter
@@ -108,7 +108,7 @@ def _make(
     options: argparse.Namespace, pictures: Sequence[Picture], folder: Path, ranks: Ranks, find_adapter: FindAdapter
 ) -> None:
     """This process's share is made."""
-    engine = _engine(options, find_adapter, speak=ranks.is_main)
+    engine = load_engine(options, find_adapter, speak=ranks.is_main)
     manifest = ManifestWriter(folder / part_name(ranks.rank, ranks.count))
     with BatchView(len(pictures), visible=ranks.is_main, processes=ranks.count) as view:
         make_pictures(
@@ -120,13 +120,6 @@ def _make(
             find_adapter=find_adapter,
             on_batch=view.show,
         )
-
-
-def _engine(options: argparse.Namespace, find_adapter: FindAdapter, *, speak: bool) -> Engine:
-    engine = Engine(base_section(options), device=options.device, find_adapter=find_adapter)
-    for note in engine.base.notes if speak else ():
-        print(f"note: {note}", file=sys.stderr)
-    return engine
 
 
 def _finish(prepared: Prepared, folder: Path) -> int:
@@ -177,7 +170,7 @@ def _tell(options: argparse.Namespace, prepared: Prepared, find_adapter: FindAda
     print(f"batches of up to {options.batch_size}: {batches}, in {len(groups)} kinds; {len(adapters)} adapter files")
     rate, source = prepared.standing.seconds_per_cost, "as earlier pictures in this folder took"
     if options.measure and pending:
-        engine = _engine(options, find_adapter, speak=True)
+        engine = load_engine(options, find_adapter)
         rate, source = measured_rate(engine, pending, options.batch_size, find_adapter), "as two batches took just now"
     work = sum(picture.cost for picture in pending)
     print(
@@ -201,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         help=".txt (a prompt a line), .csv, .jsonl or .toml; left out: the one job that the flags are",
     )
     add_base_flags(parser)
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the GPU where there is one")
+    add_engine_flags(parser)
     add_request_flags(parser, prompt_required=False)
     parser.add_argument(
         "--grid",

@@ -7,8 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from sdlora import Engine, History, make_request, save_picture
+from sdlora import History, make_request, save_picture
 from sdlora.cli.base_flags import add_base_flags, base_section
+from sdlora.cli.engine_flags import add_engine_flags, load_engine
 from sdlora.cli.generate_view import step_bar
 from sdlora.cli.request_flags import add_request_flags, request_values
 from sdlora.errors import ConfigError
@@ -38,16 +39,7 @@ def run(arguments: list[str]) -> int:
 def _generate(options: argparse.Namespace, request: GenerationRequest, folder: Path) -> int:
     base = base_section(options)
     refuse_foreign_adapters(base, [choice.path for choice in request.adapters])
-    engine = Engine(
-        base,
-        device=options.device,
-        find_adapter=AdapterLibrary(options.library).path_of,
-        offload=options.offload,
-        channels_last=options.channels_last,
-        compile=options.compile,
-    )
-    for note in engine.base.notes:
-        print(f"note: {note}", file=sys.stderr)
+    engine = load_engine(options, AdapterLibrary(options.library).path_of)
     before = engine.weights_sha256() if options.verify else ""
     history, suffix = History(folder), f".{options.format}"
     started = time.perf_counter()
@@ -71,7 +63,7 @@ def _generate(options: argparse.Namespace, request: GenerationRequest, folder: P
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sdlora generate", description="Make pictures, with or without adapters.")
     add_base_flags(parser)
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the GPU where there is one")
+    add_engine_flags(parser)
     add_request_flags(parser)
     parser.add_argument("--out", default="outputs", help="folder for the pictures (default: outputs)")
     parser.add_argument(
@@ -86,18 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lossless", action="store_true", help="a webp that keeps every bit")
     parser.add_argument(
         "--batch-size", type=int, default=1, help="pictures made at once; 1 makes each exactly repeatable alone"
-    )
-    parser.add_argument(
-        "--offload",
-        choices=("none", "model"),
-        default="none",
-        help="model: text encoders, UNet and VAE are on the GPU only while they work",
-    )
-    parser.add_argument(
-        "--channels-last", action="store_true", help="lay the weights of convolutions as GPUs read them best"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the UNet for each size; for many pictures without adapters"
     )
     parser.add_argument("--verify", action="store_true", help="prove by hash that the base weights did not change")
     return parser

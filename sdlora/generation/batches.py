@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from PIL import Image
 
@@ -13,9 +14,10 @@ from sdlora.families.words import knowing
 from sdlora.generation.asked import Asked
 from sdlora.generation.hires import Hires
 from sdlora.generation.prompt_plan import Emphases
-from sdlora.generation.request import GenerationRequest, NoiseSource, Recipe
+from sdlora.generation.request import AdapterChoice, GenerationRequest, NoiseSource, Recipe
 from sdlora.generation.resident import Acting
 
+P = TypeVar("P")
 Made = tuple[int, Image.Image, Recipe]
 """(number of its request, picture, recipe)."""
 
@@ -57,9 +59,14 @@ def regrouped(base: LoadedBase, asked: Sequence[Asked], batch_size: int) -> Iter
     groups: dict[Likeness, list[Asked]] = {}
     for picture in asked:
         groups.setdefault(likeness(base, picture), []).append(picture)
-    mixes = {mix: place for place, mix in enumerate(dict.fromkeys(picture.adapters for picture in asked))}
     for group in groups.values():
-        yield from in_order(sorted(group, key=lambda picture: mixes[picture.adapters]), batch_size)
+        yield from in_order(neighbours(group, lambda picture: picture.adapters), batch_size)
+
+
+def neighbours(pictures: Sequence[P], adapters: Callable[[P], tuple[AdapterChoice, ...]]) -> list[P]:
+    """Return the pictures, those with the same adapters next to one another, in the order of their first ones."""
+    places = {mix: place for place, mix in enumerate(dict.fromkeys(map(adapters, pictures)))}
+    return sorted(pictures, key=lambda picture: places[adapters(picture)])
 
 
 def split_alike(base: LoadedBase, batch: Sequence[Asked], acting: Sequence[Acting]) -> list[list[int]]:

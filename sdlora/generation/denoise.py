@@ -18,7 +18,7 @@ from sdlora.generation.start import Start
 AfterStep = Callable[[int, int, torch.Tensor], None]
 """Called with (steps done, steps, latents)."""
 Act = Callable[[Sequence[int], int], None]
-"""Called with the number of the picture that each row of the UNet's next batch belongs to, and the step."""
+"""Called with the number of the picture that each row of the UNet's next batch belongs to, and the step of the plan."""
 
 
 class PromptRows(Protocol):
@@ -29,8 +29,12 @@ class PromptRows(Protocol):
         """What the latents are computed in."""
         ...
 
+    def step(self, step: int) -> int:
+        """Return the step of the prompts' plan that belongs to a step of this pass."""
+        ...
+
     def guides(self, step: int, guided: bool) -> list[Guide]:
-        """Return the rows of the UNet's batch at a step."""
+        """Return the rows of the UNet's batch at a step of the plan."""
         ...
 
     def rows(self, guides: Sequence[Guide]) -> Conditioning:
@@ -46,27 +50,37 @@ class Guidance:
     rescale: float = 0.0
 
 
+@dataclass(frozen=True)
+class Course:
+    """What a pass over a batch of pictures is."""
+
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    steps: int
+    """That the sampler is set to."""
+    guided: bool
+    """Whether negative prompts take part."""
+    start: Start | None = None
+    """Where it begins, and with which of the steps; None: at noise, with the first."""
+
+
 def denoise(
     base: LoadedBase,
     scheduler: Any,
+    course: Course,
     encoded: PromptRows,
     generators: Sequence[torch.Generator],
     guidance: Sequence[Guidance],
-    *,
-    width: int,
-    height: int,
-    steps: int,
-    guided: bool,
     act: Act,
     after_step: AfterStep,
-    start: Start | None = None,
 ) -> torch.Tensor:
-    """Return the latents [B,4,h,w] of pictures of `width` x `height` pixels, one generator and one guidance each.
+    """Return the latents [B,4,h,w] of pictures, one generator and one guidance each.
 
     A guided picture follows n + scale * sum over its prompts p of weight * (p - n), n its negative prompt (Ho and
-    Salimans 2022; Liu et al. 2022 for several); one that is not, its one prompt only. With a `start` the last steps
+    Salimans 2022; Liu et al. 2022 for several); one that is not, its one prompt only. With a start the last steps
     alone run, and prompts that change begin with it, as in AUTOMATIC1111.
     """
+    (width, height), steps, start = course.size, course.steps, course.start
     scheduler.set_timesteps(steps, device=base.device)
     if hasattr(scheduler, "set_begin_index"):
         # Else a sampler looks the first timestep up, and of two equal ones, as many small steps have, takes the second.
@@ -79,14 +93,14 @@ def denoise(
     if start:
         latents, timesteps = start.begun(scheduler, noise, steps)
     for number, timestep in enumerate(timesteps):
-        step = number * steps // len(scheduler.timesteps) + 1
-        wanted = encoded.guides(step, guided)
+        step = encoded.step(number * steps // len(scheduler.timesteps) + 1)
+        wanted = encoded.guides(step, course.guided)
         if wanted != batch:
             batch, conditioning = wanted, encoded.rows(wanted)
         act([guide.picture for guide in batch], step)
         inputs = scheduler.scale_model_input(latents[[guide.picture for guide in batch]], timestep)
         predicted = base.family.predict(base, inputs, timestep, conditioning, [size] * len(batch))
-        if guided:
+        if course.guided:
             predicted = _guide(predicted, batch, guidance)
         dtype = latents.dtype
         with drawing_noise():

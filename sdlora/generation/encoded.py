@@ -54,6 +54,10 @@ class EncodedPrompts:
         """What the latents are computed in."""
         return self._conditioning.states.dtype
 
+    def step(self, step: int) -> int:
+        """Return the step of the plan at a step of a pass, the same."""
+        return step
+
     def guides(self, step: int, guided: bool) -> list[Guide]:
         """Return the batch of a step, picture by picture: where `guided`, its negative prompt first, then all others."""
         return [guide for number in range(len(self._plans)) for guide in self._guides(number, step, guided)]

@@ -16,7 +16,7 @@ from sdlora.families.base import LoadedBase, PromptStyle, autocast
 from sdlora.families.samplers import make_sampler
 from sdlora.generation.asked import Asked
 from sdlora.generation.batches import wants_zero_snr
-from sdlora.generation.denoise import AfterStep, Guidance, PromptRows, denoise
+from sdlora.generation.denoise import AfterStep, Course, Guidance, PromptRows, denoise
 from sdlora.generation.encoded import EncodedPrompts
 from sdlora.generation.inpaint import Canvas, canvas_of
 from sdlora.generation.memory import CompiledUnet, Placement
@@ -83,53 +83,50 @@ class Renderer:
         after_step: AfterStep,
     ) -> torch.Tensor:
         """Return the latents of the pictures, after a second pass where they have one."""
-        request, hires, size = batch[0].request, batch[0].hires, batch[0].size(self._base)
-        larger = hires.size(size) if hires else size
+        request, hires, size, guided = batch[0].request, batch[0].hires, batch[0].size(self._base), batch[0].guided
         style = PromptStyle(encoder_emphasis(request.emphasis), request.clip_skip)
         with self._placement.using("text encoders"):
             encoded = EncodedPrompts(self._base, self._adapters, [asked.plan for asked in batch], acting, style)
-        seeds = [asked.seed for asked in batch]
-        # Noise is drawn on the CPU, so that a seed means the same picture on every device.
-        generators = noise_generators(request.noise, seeds)
+        guidance = [Guidance(asked.request.guidance_scale, asked.request.guidance_rescale) for asked in batch]
         counts = self._step_counts(scheduler, batch[0])
 
-        def one_pass(prompts: PromptRows, number: int, start: Start | None) -> torch.Tensor:
-            with self._placement.using("unet"), self._fast_unet(acting):
-                return denoise(
-                    self._base,
-                    scheduler,
-                    prompts,
-                    generators,
-                    [Guidance(asked.request.guidance_scale, asked.request.guidance_rescale) for asked in batch],
-                    width=size[0],
-                    height=size[1],
-                    steps=hires.scheduled_steps if hires and number else request.steps,
-                    guided=batch[0].guided,
-                    act=lambda rows, step: self._adapters.act(
-                        [acting[row] for row in rows], request.steps if number else step, request.steps
-                    ),
-                    after_step=_checked(batch, self._base.dtype, sum(counts[:number]), sum(counts), after_step),
-                    start=start,
-                )
+        def act(rows: Sequence[int], step: int) -> None:
+            self._adapters.act([acting[row] for row in rows], step, request.steps)
 
-        start = None
-        if request.image:
-            contents = [asked.request.masked_content for asked in batch]
-            shown = [canvas for canvas in canvases if canvas]
-            run = steps_run(request.steps, request.strength)
-            with self._placement.using("vae"), drawing_noise():
-                start = start_at(
-                    vaes, shown, contents, generators, encoded.dtype, steps=run, from_noise=request.strength == 1
-                )
-        latents = one_pass(encoded, 0, start)
+        def one_pass(
+            course: Course, prompts: PromptRows, generators: Sequence[torch.Generator], passed: int = 0
+        ) -> torch.Tensor:
+            checked = _checked(batch, self._base.dtype, passed, sum(counts), after_step)
+            with self._placement.using("unet"), self._fast_unet(acting):
+                return denoise(self._base, scheduler, course, prompts, generators, guidance, act, checked)
+
+        generators = _generators(batch)
+        start = self._start(batch, vaes, canvases, generators, encoded.dtype) if request.image else None
+        latents = one_pass(Course(size, request.steps, guided, start), encoded, generators)
         if hires:
-            size = larger
+            larger = hires.size(size)
             with self._placement.using("vae"):
-                start = second_start(self._base, hires, vaes, latents, size)
+                start = second_start(self._base, hires, vaes, latents, larger)
+            course = Course(larger, hires.scheduled_steps, guided, start)
             # The noise of the second pass is the seed's first draw again, as in AUTOMATIC1111.
-            generators = noise_generators(request.noise, seeds)
-            latents = one_pass(AtTheEnd(encoded, request.steps), 1, start)
+            latents = one_pass(course, AtTheEnd(encoded, request.steps), _generators(batch), passed=counts[0])
         return latents
+
+    def _start(
+        self,
+        batch: Sequence[Asked],
+        vaes: Sequence[Vae],
+        canvases: Sequence[Canvas | None],
+        generators: Sequence[torch.Generator],
+        dtype: torch.dtype,
+    ) -> Start:
+        """Return where pictures that start from others begin."""
+        request = batch[0].request
+        contents = [asked.request.masked_content for asked in batch]
+        shown = [canvas for canvas in canvases if canvas]
+        run = steps_run(request.steps, request.strength)
+        with self._placement.using("vae"), drawing_noise():
+            return start_at(vaes, shown, contents, generators, dtype, steps=run, from_noise=request.strength == 1)
 
     def _step_counts(self, scheduler: Any, asked: Asked) -> list[int]:
         """Return how many steps each pass will report."""
@@ -164,6 +161,11 @@ def _plan(scheduler: Any, steps: int) -> None:
         fits = False
     if not fits:
         raise ConfigError(f"the sampler {type(scheduler).__name__} cannot make {steps} steps; choose fewer")
+
+
+def _generators(batch: Sequence[Asked]) -> Sequence[torch.Generator]:
+    """Return one generator a picture, on the CPU, so that a seed means the same picture on every device."""
+    return noise_generators(batch[0].request.noise, [asked.seed for asked in batch])
 
 
 def _canvas(asked: Asked, base: LoadedBase) -> Canvas | None:

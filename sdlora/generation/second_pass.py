@@ -57,9 +57,13 @@ class AtTheEnd:
         """What the latents are computed in."""
         return self._prompts.dtype
 
+    def step(self, step: int) -> int:
+        """Return the last step of the plan."""
+        return self._steps
+
     def guides(self, step: int, guided: bool) -> list[Guide]:
         """Return the rows of the UNet's batch."""
-        return self._prompts.guides(self._steps, guided)
+        return self._prompts.guides(step, guided)
 
     def rows(self, guides: Sequence[Guide]) -> Conditioning:
         """Return their conditioning."""

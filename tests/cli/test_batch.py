@@ -80,7 +80,7 @@ def test_a_dry_run_writes_nothing(
 def test_wrong_use_is_one_error_with_all_lines(
     common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdlora.cli.batch.Engine", None)  # nothing is loaded
+    monkeypatch.setattr("sdlora.cli.batch.load_engine", None)  # nothing is loaded
     path = tmp_path / "bad.txt"
     path.write_text("a --s 0\nfine\nb <lora:nobody:1>\nc --sed 5\n")
     assert main(["batch", str(path), *common]) == 2

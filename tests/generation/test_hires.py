@@ -55,7 +55,7 @@ def test_latents_are_enlarged_and_noised_with_the_seeds_first_draw(engine, monke
     real = render.denoise
 
     def spy(*arguments, **named):
-        starts.append(named["start"])
+        starts.append(arguments[2].start)
         result = real(*arguments, **named)
         starts.append(result)
         return result

@@ -24,6 +24,7 @@ from sdlora.generation.asked import Asked, FindAdapter, asked_pictures, read_fol
 from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.grid import Point
 from sdlora.generation.batch.jobs import Job
+from sdlora.generation.batches import neighbours
 from sdlora.generation.request import (
     LATENT_UPSCALERS,
     PIXEL_UPSCALERS,
@@ -233,8 +234,7 @@ def in_groups(pictures: Sequence[Picture]) -> list[list[Picture]]:
     groups: dict[str, list[Picture]] = {}
     for picture in pictures:
         groups.setdefault(_kind(picture.request), []).append(picture)
-    mixes = {mix: place for place, mix in enumerate(dict.fromkeys(picture.request.adapters for picture in pictures))}
-    return [sorted(group, key=lambda picture: mixes[picture.request.adapters]) for group in groups.values()]
+    return [neighbours(group, lambda picture: picture.request.adapters) for group in groups.values()]
 
 
 def _kind(request: GenerationRequest) -> str:
