@@ -8,3 +8,7 @@ SHAPES = ("sd1", "sd2", "sdxl")
 @pytest.fixture(params=SHAPES)
 def shape(request) -> str:
     return request.param
+
+
+one_family = pytest.mark.parametrize("shape", ["sd1"])
+"""For a test of what no family enters into: files that are kept, refusals, signals, the order of work."""

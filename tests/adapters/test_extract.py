@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from every_family import one_family
 from safetensors.torch import load_file, save_file
 
 from sdlora.adapters.algebra import Truncation
@@ -69,6 +70,7 @@ def test_a_rank_or_a_share_of_energy_cuts_it_off(pair, tmp_path):
     assert {layer.rank for layer in energy.adapter.layers.values()} == {1, 2}
 
 
+@one_family
 def test_an_interrupted_extraction_goes_on_where_it_stopped(pair, tmp_path):
     _, original, tuned = pair()
     whole = extract(original, tuned, SETTINGS, tmp_path / "whole")
@@ -93,6 +95,7 @@ def test_an_interrupted_extraction_goes_on_where_it_stopped(pair, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@one_family
 def test_two_extractions_to_one_place_do_not_mix(pair, tmp_path):
     _, original, tuned = pair()
     other = replace(SETTINGS, linear=Truncation(rank=1), convolutions=Truncation(rank=1))
@@ -107,6 +110,7 @@ def test_two_extractions_to_one_place_do_not_mix(pair, tmp_path):
     assert ranks == [{1}] and {layer.rank for layer in first.adapter.layers.values()} == {2}
 
 
+@one_family
 def test_a_damaged_finished_layer_is_done_again(pair, tmp_path):
     _, original, tuned = pair()
     found = extract(original, tuned, SETTINGS, tmp_path / "out")
@@ -117,6 +121,7 @@ def test_a_damaged_finished_layer_is_done_again(pair, tmp_path):
     assert again.resumed == len(list(found.work.iterdir())) - 5
 
 
+@one_family
 def test_a_tuned_base_that_changed_since_is_extracted_anew(pair, tmp_path):
     _, original, tuned = pair()
     extract(original, tuned, SETTINGS, tmp_path / "work")
@@ -139,6 +144,7 @@ def test_rounding_to_another_type_is_no_change(pair, tmp_path):
     assert not list(tmp_path.glob(".again*"))
 
 
+@one_family
 def test_roundings_to_fp16_and_bf16_of_one_weight_are_no_difference(pair, tmp_path):
     adapter, original, tuned = pair()
     write_changed(original, tmp_path / "half.safetensors", [], lambda *given: given[1], precision="fp16")

@@ -33,6 +33,7 @@ def run(script: str, base: Path, out: Path, *options: str) -> dict:
     return json.loads((out / f"{name}.json").read_text())
 
 
+@pytest.mark.slow  # several processes that import everything
 def test_train_step_measures_us_and_the_peer_on_the_same_job(base: Path, tmp_path: Path) -> None:
     result = run("train_step.py", base, tmp_path, "--steps-tiny", "2")
     assert {"torch", "diffusers", "peft"} <= set(result["machine"]["versions"])
@@ -55,6 +56,7 @@ def test_generate_measures_pictures_and_adapters(base: Path, tmp_path: Path) -> 
     assert job["operations"] > 0 and job["floor_seconds"] >= 0 and job["peak_gb"] > 0.1
 
 
+@pytest.mark.slow  # several processes that import everything
 def test_mixed_measures_batches_of_several_adapters(base: Path, tmp_path: Path) -> None:
     options = ["--turns", "1", "--each", "1", "--denoising-steps", "1", "--threads", "1"]
     (job,) = run("mixed.py", base, tmp_path, *options)["runs"]

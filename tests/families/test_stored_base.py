@@ -76,9 +76,8 @@ def test_a_copy_differs_in_the_changed_layers_alone(section, layout, shape, tmp_
         if name.removesuffix(".weight") in paths:
             before = before + torch.arange(before.numel()).reshape(before.shape)
         assert torch.equal(before, after), name
-    changed = {
-        key for key, tensor in contents(target).items() if not torch.equal(tensor, contents(base.facts.path)[key])
-    }
+    original = contents(base.facts.path)
+    changed = {key for key, tensor in contents(target).items() if not torch.equal(tensor, original[key])}
     assert len(changed) == len(paths)
     if layout == "checkpoint":
         assert read_header(target).metadata["modelspec.merged_from"] == "a 1"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_family import one_family
 
 from sdlora import load_config, parse_config, read_adapter, train
 from sdlora.assets import EXAMPLE_CONCEPT
@@ -66,6 +67,7 @@ def test_the_adapter_learns_its_pictures(configure: Any) -> None:
     assert result.effect.noticeable and result.effect.delta_share > 0
 
 
+@one_family
 def test_same_seed_same_adapter_other_seed_another(configure: Any, tmp_path: Path) -> None:
     hashes = [
         sha256_of_tensor_data(train(configure(output__folder=str(tmp_path / name), training__seed=seed)).adapter)
@@ -109,17 +111,20 @@ def test_a_killed_run_resumed_gives_the_uninterrupted_adapter_bit_for_bit(
     assert resumed.loss_before == whole.loss_before and resumed.loss_after == whole.loss_after
 
 
+@one_family
 def test_resuming_with_other_settings_is_refused(configure: Any) -> None:
     train(configure(training__checkpoint_every_steps=2))
     with pytest.raises(ConfigError, match="other settings"):
         train(configure(training__checkpoint_every_steps=2, training__resume=True, training__batch_size=1))
 
 
+@one_family
 def test_resuming_without_a_checkpoint_is_refused(configure: Any) -> None:
     with pytest.raises(ConfigError, match="no readable checkpoint"):
         train(configure(training__resume=True))
 
 
+@one_family
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(configure: Any) -> None:
     first = train(configure(training__checkpoint_every_steps=2))
     newest = sorted((first.folder / "checkpoints").iterdir())[-1]
@@ -128,6 +133,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(configure: Any
     assert sha256_of_tensor_data(again.adapter) == sha256_of_tensor_data(first.adapter)
 
 
+@one_family
 def test_ctrl_c_saves_the_adapter_and_a_checkpoint(configure: Any) -> None:
     config = configure(training__steps=100_000, optimizer__schedule="constant", validation__every_steps=0)
     log = Path(config.output.folder) / "events.jsonl"
@@ -147,6 +153,7 @@ def test_ctrl_c_saves_the_adapter_and_a_checkpoint(configure: Any) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@one_family
 def test_a_diverged_run_fails_and_keeps_the_good_file(configure: Any) -> None:
     good = train(configure())
     before = good.adapter.read_bytes()
@@ -156,6 +163,7 @@ def test_a_diverged_run_fails_and_keeps_the_good_file(configure: Any) -> None:
     assert read_events(good.folder / "events.jsonl")[-1]["event"] == "failed"
 
 
+@one_family
 def test_an_adapter_with_nan_is_never_written(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     good = train(configure())
     before = good.adapter.read_bytes()
@@ -259,6 +267,7 @@ def test_metadata_tells_the_run_but_no_captions_or_paths(configure: Any, shape: 
     assert "on a wall" not in everything and str(result.folder.parent) not in everything
 
 
+@one_family
 def test_an_adapter_that_does_nothing_is_called_out(configure: Any) -> None:
     result = train(configure(optimizer__learning_rate=1e-9))
     assert not result.effect.noticeable
@@ -281,6 +290,7 @@ def test_samples_are_made_with_the_live_adapter_and_a_failing_one_does_not_end_t
     assert kinds.count("sample_failed") == 1 and kinds.count("sample") == 1
 
 
+@one_family
 def test_a_second_run_does_not_overwrite_the_first_unasked(configure: Any) -> None:
     train(configure())
     with pytest.raises(ConfigError, match=r"already holds a run.*overwrite"):
@@ -288,6 +298,7 @@ def test_a_second_run_does_not_overwrite_the_first_unasked(configure: Any) -> No
     train(configure(output__overwrite=True))
 
 
+@one_family
 def test_what_was_meant_once_is_not_saved_with_the_settings(configure: Any) -> None:
     train(configure(training__checkpoint_every_steps=2))
     replaced = train(configure(output__overwrite=True, training__checkpoint_every_steps=2))
@@ -297,6 +308,7 @@ def test_what_was_meant_once_is_not_saved_with_the_settings(configure: Any) -> N
     assert replaced.folder == resumed.folder
 
 
+@one_family
 def test_a_refused_run_leaves_the_folder_as_it_was(configure: Any) -> None:
     wrong = {"optimizer__kind": "torch.optim.RMSprp"}
     with pytest.raises(ConfigError, match="RMSprp"):
@@ -328,6 +340,7 @@ def test_wrong_use_is_one_sentence(configure: Any, change: dict[str, Any], error
     assert "\n" not in str(caught.value)
 
 
+@one_family
 def test_held_out_pictures_must_not_be_training_pictures(configure: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="also a training picture"):
         train(configure(validation__folder=settings["data"]["folder"]))
@@ -374,6 +387,7 @@ def test_the_unet_comes_when_the_encoders_are_gone(configure: Any, monkeypatch: 
     assert seen == [(True, True)]
 
 
+@one_family
 def test_a_check_that_finds_no_memory_ends_no_run(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*_: Any) -> str:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -389,6 +403,7 @@ def test_a_wrong_target_names_its_setting(configure: Any) -> None:
         train(configure(adapter__text_encoder=True, adapter__text_encoder_targets=("bogus",)))
 
 
+@one_family
 def test_a_run_whose_cache_goes_keeps_what_it_has_learnt(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     optimize = TrainingLoop._optimize
 
@@ -406,6 +421,7 @@ def test_a_run_whose_cache_goes_keeps_what_it_has_learnt(configure: Any, monkeyp
     assert [event["resumed_at_step"] for event in events if event["event"] == "start"] == [0, 3]
 
 
+@one_family
 def test_the_pictures_may_move_but_not_the_number_of_processes(configure: Any, settings: Any) -> None:
     train(configure(training__checkpoint_every_steps=2))
     moved = Path(settings["data"]["folder"]).rename(Path(settings["data"]["folder"]).with_name("under another name"))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_kinds import random_layer
+from every_family import one_family
 
 from sdlora import AdapterFile, read_adapter, train
 from sdlora.adapters.inspect import inspect_adapter
@@ -73,6 +74,7 @@ def test_new_words_go_with_each_format(configure: Any, formats: tuple[str, ...],
 
 
 @pytest.mark.parametrize("level", ["minimal", "none"])
+@one_family
 def test_no_more_text_is_saved_than_was_asked_for(configure: Any, level: str) -> None:
     config = configure(output__metadata=level, output__formats=EVERY, output__save_every_steps=4)
     result = train(config)
@@ -88,6 +90,7 @@ def test_no_more_text_is_saved_than_was_asked_for(configure: Any, level: str) ->
     assert difference(read_adapter(result.adapter), read_adapter(result.formats["peft"])).same
 
 
+@one_family
 def test_what_may_not_be_replaced_is_known_before_the_run(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(output__formats=("kohya", "peft"))
     mine = Path(config.output.folder) / "adapter-peft" / "notes.txt"
@@ -107,6 +110,7 @@ def test_what_may_not_be_replaced_is_known_before_the_run(configure: Any, monkey
     assert settings["r"] == 2
 
 
+@one_family
 def test_a_format_that_does_not_read_back_fails_the_run(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def only_kohya(adapter: Any, path: Path) -> None:
         if path.name != "adapter.safetensors":
