@@ -67,41 +67,47 @@ class Selection:
 
 
 def selection(query: HistoryQuery) -> Selection:
-    """Return the SQL that finds (place, time, facts, stars), the newest first. Raises ConfigError for nonsense."""
+    """Return the SQL that finds (place, time, facts, stars), the newest first. Raises ConfigError for nonsense.
+
+    The pictures that are shown are chosen by their ids alone, where words are looked for in the index of words, which is
+    read from its end only as far as needed.
+    """
     _check(query)
-    conditions: list[str] = ["problem = ''"]
-    values: list[object] = []
+    words, anywhere = _words(query)
+    by_words = bool(words) and not anywhere
+    # A + keeps SQLite from asking the index of words anew for each id of a list.
+    table, number, order = ("words", "+rowid", "rowid") if by_words else ("pictures", "id", "id")
+    conditions = ["words MATCH ?" if by_words else "problem = ''"]
+    values: list[object] = [words] if by_words else []
 
     def add(condition: str, *more: object) -> None:
         conditions.append(condition)
         values.extend(more)
 
-    for column, text in (("prompt", query.prompt), ("negative", query.negative_prompt)):
-        for condition, value in _of_words(column, text):
-            add(condition, value)
+    for column, word in anywhere:
+        add(f"instr({column}, ?) > 0", word)
+    if words and not by_words:
+        add("id IN (SELECT rowid FROM words WHERE words MATCH ?)", words)
     if query.adapter:
         named, told = _named(query.adapter, ("sha256", "tensor_sha256"))
-        add(
-            f"pictures.id IN (SELECT picture FROM uses WHERE adapter IN (SELECT id FROM adapters WHERE {named}))", *told
-        )
+        add(f"{number} IN (SELECT picture FROM uses WHERE adapter IN (SELECT id FROM adapters WHERE {named}))", *told)
     if query.base:
         named, told = _named(query.base, ("sha256",))
-        add(f"base IN (SELECT id FROM bases WHERE {named})", *told)
+        add(f"{number} IN (SELECT id FROM pictures WHERE base IN (SELECT id FROM bases WHERE {named}))", *told)
     if query.seed is not None:
-        add("seed = ?", str(query.seed))
+        add(f"{number} IN (SELECT id FROM pictures WHERE seed = ?)", str(query.seed))
     for moment, comparison in ((query.since, ">="), (query.until, "<=")):
         if moment is not None:
-            add(f"pictures.id {comparison} ?", _nanoseconds(moment))
-    if query.rating == 0:
-        add("pictures.identity NOT IN (SELECT identity FROM ratings WHERE stars > 0)")
-    elif query.rating is not None:
-        add("pictures.identity IN (SELECT identity FROM ratings WHERE stars >= ?)", query.rating)
-    limit = _LARGEST if query.limit is None else query.limit
+            add(f"{order} {comparison} ?", _nanoseconds(moment))
+    if query.rating is not None:
+        rated = "SELECT pictures.id FROM ratings CROSS JOIN pictures USING (identity) WHERE stars >= ?"
+        add(f"{number} {'' if query.rating else 'NOT '}IN ({rated})", query.rating or 1)
+    chosen = f"SELECT {order} FROM {table} WHERE {' AND '.join(conditions)} ORDER BY {order} DESC LIMIT ? OFFSET ?"
     sql = (
-        "SELECT place, pictures.id, facts, (SELECT stars FROM ratings WHERE ratings.identity = pictures.identity) "
-        f"FROM pictures WHERE {' AND '.join(conditions)} ORDER BY pictures.id DESC LIMIT ? OFFSET ?"
+        "SELECT place, id, facts, (SELECT stars FROM ratings WHERE ratings.identity = pictures.identity) "
+        f"FROM pictures WHERE id IN ({chosen}) ORDER BY id DESC"
     )
-    return Selection(sql, (*values, limit, query.offset))
+    return Selection(sql, (*values, _LARGEST if query.limit is None else query.limit, query.offset))
 
 
 def _check(query: HistoryQuery) -> None:
@@ -122,18 +128,19 @@ def _nanoseconds(moment: datetime) -> int:
         return _LATEST_NS if moment.year > 1970 else -_LATEST_NS
 
 
-def _of_words(column: str, text: str) -> list[tuple[str, str]]:
-    """Return the conditions that each word of the text stands in a column, those for the index of words as one."""
-    if len(text) > _LONGEST_TEXT:
-        raise ConfigError(f"a search of {len(text)} characters is too long; give at most {_LONGEST_TEXT}")
-    words = re.findall(r"\w+", folded(text))[:_MOST_WORDS]
-    anywhere = [word for word in words if _SPACELESS.search(word)]
-    found = [(f"instr({column}, ?) > 0", word) for word in anywhere]
-    indexed = [f'"{word}"*' for word in words if word not in anywhere]
-    if indexed:
-        query = f"{column} : ({' AND '.join(indexed)})"
-        found.append(("pictures.id IN (SELECT rowid FROM words WHERE words MATCH ?)", query))
-    return found
+def _words(query: HistoryQuery) -> tuple[str, list[tuple[str, str]]]:
+    """Return what the index of words is asked, "" for nothing, and [(column, word that stands anywhere in it)]."""
+    indexed: list[str] = []
+    anywhere: list[tuple[str, str]] = []
+    for column, text in (("prompt", query.prompt), ("negative", query.negative_prompt)):
+        if len(text) > _LONGEST_TEXT:
+            raise ConfigError(f"a search of {len(text)} characters is too long; give at most {_LONGEST_TEXT}")
+        for word in re.findall(r"\w+", folded(text))[:_MOST_WORDS]:
+            if _SPACELESS.search(word):
+                anywhere.append((column, word))
+            else:
+                indexed.append(f'{column} : "{word}"*')
+    return " AND ".join(indexed), anywhere
 
 
 def _named(text: str, hashes: Sequence[str]) -> tuple[str, list[str]]:
