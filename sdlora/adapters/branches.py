@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from sdlora.adapters.layers import AdapterLayer, DeltaLayer, DenseLayer, DoraLayer, Layer, LoraLayer, with_tensors
+from sdlora.adapters.side_by_side import Factors, SideBySide
 from sdlora.families.base import LoadedBase
 from sdlora.families.quantize import full_weight
 
@@ -67,8 +68,7 @@ def detach(base: LoadedBase, name: str) -> None:
     """`name` is gone; a layer without branches has no hook either."""
     for branches in list(_all(base)):
         branches.members.pop(name, None)
-        branches.strengths.pop(name, None)
-        branches.rows = tuple(part for part in branches.rows if part.name != name)
+        branches.act(branches.strengths, branches.columns)
         if not branches.members:
             branches.handle.remove()
 
@@ -80,8 +80,7 @@ def set_strengths(
     for component, module in base.components():
         own = {**strengths, **in_text_encoders} if component in base.text_encoders else strengths
         for branches in _within(module):
-            branches.rows = ()
-            branches.strengths = {name: value for name, value in own.items() if name in branches.members and value}
+            branches.act(own)
 
 
 def set_rows(base: LoadedBase, rows: Sequence[Mapping[str, BlockStrength]]) -> None:
@@ -89,33 +88,31 @@ def set_rows(base: LoadedBase, rows: Sequence[Mapping[str, BlockStrength]]) -> N
     names = dict.fromkeys(name for row in rows for name in row)
 
     @functools.cache
-    def within(block: str) -> tuple[dict[str, float], list[_Rows]]:
-        strengths, by_row = dict[str, float](), list[_Rows]()
+    def within(block: str) -> tuple[dict[str, float], list[_Column]]:
+        strengths, columns = dict[str, float](), list[_Column]()
         for name in names:
-            column = [row[name](block) if name in row else 0.0 for row in rows]
+            column = tuple(row[name](block) if name in row else 0.0 for row in rows)
             if len(set(column)) == 1:
                 strengths[name] = column[0]
             else:
-                by_row += _Rows.of(name, column, base.device)
-        return strengths, by_row
+                columns.append(_Column(name, column, tuple(_Rows.of(column, base.device))))
+        return strengths, columns
 
     for branches in _within(base.unet):
-        strengths, by_row = within(branches.block)
-        branches.strengths = {name: value for name, value in strengths.items() if name in branches.members and value}
-        branches.rows = tuple(part for part in by_row if part.name in branches.members)
+        branches.act(*within(branches.block))
 
 
 @contextmanager
 def branches_off(base: LoadedBase) -> Iterator[None]:
     """Inside, no branch acts; afterwards all do as before."""
-    changed = [(branches, branches.strengths, branches.rows) for branches in _all(base)]
+    changed = [(branches, branches.strengths, branches.columns) for branches in _all(base)]
     try:
         for branches, _, _ in changed:
-            branches.strengths, branches.rows = {}, ()
+            branches.act({})
         yield
     finally:
-        for branches, strengths, rows in changed:
-            branches.strengths, branches.rows = strengths, rows
+        for branches, strengths, columns in changed:
+            branches.act(strengths, columns)
 
 
 def branch_tensors(base: LoadedBase) -> Iterator[torch.Tensor]:
@@ -164,6 +161,14 @@ class _LoraBranch:
         self.down = adapter.down.reshape(adapter.rank, *inside)
         self.up = adapter.up.reshape(out, adapter.rank, *kernel)
 
+    @property
+    def is_linear(self) -> bool:
+        return self.up.ndim == 2
+
+    @property
+    def factors(self) -> Factors:
+        return Factors(self.down, self.up, self.alpha / self.rank)
+
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.down, self.up)
 
@@ -205,21 +210,20 @@ class _DoraBranch:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Neighbouring rows of a batch in which one adapter acts, and how strongly in each."""
+    """Neighbouring rows of a batch in which an adapter acts, and how strongly in each."""
 
-    name: str
     rows: slice
     strengths: float | torch.Tensor
 
     @staticmethod
-    def of(name: str, column: Sequence[float], device: torch.device) -> Iterator[_Rows]:
+    def of(column: Sequence[float], device: torch.device) -> Iterator[_Rows]:
         """Yield those of a strength for each row of the batch, 0 where it does not act."""
         for acts, members in itertools.groupby(enumerate(column), key=lambda row: row[1] != 0):
             if acts:
                 rows, strengths = zip(*members, strict=True)
                 alike = len(set(strengths)) == 1
                 strength = strengths[0] if alike else torch.tensor(strengths, device=device)
-                yield _Rows(name, slice(rows[0], rows[-1] + 1), strength)
+                yield _Rows(slice(rows[0], rows[-1] + 1), strength)
 
     def strength(self, output: torch.Tensor) -> Strength:
         """Return what multiplies its rows of `output`."""
@@ -228,32 +232,56 @@ class _Rows:
         return self.strengths.to(output.dtype).reshape(-1, *[1] * (output.ndim - 1))
 
 
+@dataclass(frozen=True)
+class _Column:
+    """An adapter that acts in some rows of a batch, or not equally in all."""
+
+    name: str
+    strengths: tuple[float, ...]
+    """In each row."""
+    parts: tuple[_Rows, ...]
+
+
 class _Branches:
     """The hook of one layer: the branches beside it, and how strongly each acts in which rows."""
 
     def __init__(self, layer: nn.Module, block: str) -> None:
         self.block = block
         self.members: dict[str, Branch] = {}
-        self.strengths: dict[str, float] = {}
-        """Of those that act alike in all rows."""
-        self.rows: tuple[_Rows, ...] = ()
+        self.act({})
         self.handle = layer.register_forward_hook(self)
+
+    def act(self, strengths: Mapping[str, float], columns: Sequence[_Column] = ()) -> None:
+        """Exactly these branches act, as far as they are here: alike in all rows, or each in rows of its own."""
+        self.strengths = {name: value for name, value in strengths.items() if name in self.members and value}
+        self.columns = tuple(column for column in columns if column.name in self.members)
+        flat = {column.name: self.members[column.name] for column in self.columns}
+        loras = {name: branch for name, branch in flat.items() if isinstance(branch, _LoraBranch) and branch.is_linear}
+        if len(loras) < 2:
+            loras = {}
+        by_name = {column.name: column.strengths for column in self.columns}
+        self._side_by_side = SideBySide([(loras[name].factors, by_name[name]) for name in loras]) if loras else None
+        self._others = tuple(column for column in self.columns if column.name not in loras)
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         result = output
         for name, strength in self.strengths.items():
             result = result + self.members[name](inputs[0], output, strength).to(output.dtype)
-        return self._add_rows(inputs[0], output, result) if self.rows else result
+        if self._side_by_side:
+            result = result + self._side_by_side(inputs[0], output)
+        return self._add_rows(inputs[0], output, result) if self._others else result
 
     def _add_rows(self, inputs: torch.Tensor, output: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         shares = []
-        for part in self.rows:  # all before any is added, since they are told the bare output
-            own = output[part.rows]
-            shares.append(self.members[part.name](inputs[part.rows], own, part.strength(own)))
+        for column in self._others:  # all before any is added, since they are told the bare output
+            for part in column.parts:
+                own = output[part.rows]
+                share = self.members[column.name](inputs[part.rows], own, part.strength(own))
+                shares.append((part.rows, share.to(output.dtype)))
         if output.requires_grad and result is output:
             result = output.clone()
-        for part, share in zip(self.rows, shares, strict=True):
-            result[part.rows] += share.to(output.dtype)
+        for rows, share in shares:
+            result[rows] += share
         return result
 
 

@@ -5,12 +5,16 @@ from functools import partial
 import pytest
 import torch
 from adapter_kinds import KINDS, TUCKER, random_layer
+from every_family import one_family
 
 from sdlora.adapters.blocks import parse_block_weights
 from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.inject import act_in_rows, adapters_off, add_adapter, remove_adapter, set_adapter_weights
 from sdlora.adapters.live import base_weight
+from sdlora.adapters.side_by_side import Factors, SideBySide
+from sdlora.config import BaseSection
 from sdlora.families.base import Conditioning, PictureSize
+from sdlora.families.registry import load_base
 
 PLACES = (
     "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
@@ -69,6 +73,21 @@ def test_each_row_equals_the_row_alone(tiny_base, shape, kind):
     assert changed.tolist() == [True, True, False, True, True]
 
 
+@one_family
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["lora", "loha", "dora"])
+def test_rows_of_a_quantised_base_equal_the_rows_alone(tiny_folder, shape, kind, quantize):
+    base = load_base(BaseSection(path=str(tiny_folder(shape)), precision="fp32", quantize=quantize), "cpu")
+    for seed, name in enumerate("ab"):
+        add_adapter(base, name, make_file(base, kind, seed))
+    mixes = [{"a": 1.0}, {"a": 0.5, "b": -0.7}, {}, {"b": 1.0}, {"b": 1.0}]
+    act(base, *mixes)
+    together = predict(base, slice(5))
+    for number, mix in enumerate(mixes):
+        set_adapter_weights(base, mix)
+        torch.testing.assert_close(together[number : number + 1], predict(base, slice(number, number + 1)))
+
+
 def test_rows_end_with_the_next_weights_and_are_off_where_adapters_are(tiny_base):
     base = tiny_base()
     for seed, name in enumerate("ab"):
@@ -95,3 +114,25 @@ def test_a_weight_by_block_equals_an_adapter_without_the_layers_of_the_others(ti
     by_block = predict(base, slice(1))
     act(base, {"mid": 1.0})
     assert torch.equal(by_block, predict(base, slice(1)))
+
+
+@pytest.mark.parametrize(
+    "strengths",
+    [
+        ((1.0, 1.0, 0.0, 0.0), (0.0, 0.0, -0.5, -0.5)),  # two parts of two rows
+        ((1.0, 0.0, 0.0, 0.5), (0.0, 2.0, 2.0, 0.5)),  # parts of one and of two
+        ((1.0, 0.3, 0.0, 0.0), (0.0, 0.7, 0.0, 1.0)),  # both in one row, none in another
+    ],
+)
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6)])
+def test_side_by_side_is_the_sum_of_the_products(strengths, shape):
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
+    loras = [Factors(draw(rank, 6), draw(5, rank), scale) for rank, scale in ((2, 0.5), (3, 1.5))]
+    inputs = draw(*shape)
+    added = SideBySide(list(zip(loras, strengths, strict=True)))(inputs, draw(*shape[:-1], 5))
+    for row in range(4):
+        update = sum(
+            column[row] * lora.scale * lora.up @ lora.down for lora, column in zip(loras, strengths, strict=True)
+        )
+        torch.testing.assert_close(added[row], inputs[row] @ update.T)
