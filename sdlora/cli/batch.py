@@ -12,6 +12,7 @@ from pathlib import Path
 from sdlora.cli.base_flags import add_base_flags, base_section
 from sdlora.cli.batch_progress import BatchView, duration
 from sdlora.cli.engine_flags import add_engine_flags, load_engine
+from sdlora.cli.format_flags import add_format_flags, file_format
 from sdlora.cli.request_flags import add_request_flags, request_values
 from sdlora.errors import ConfigError
 from sdlora.generation.asked import FindAdapter
@@ -35,6 +36,7 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}; expected 1 or more")
+    file_format(options)
     if options.measure and not options.dry_run:
         raise ConfigError("--measure belongs to --dry-run, which tells what a batch would take")
     ranks = Ranks(on_cpu=options.device == "cpu")
@@ -93,7 +95,7 @@ def _prepare(options: argparse.Namespace, folder: Path, find_adapter: FindAdapte
     grid = [parse_axis(text) for text in options.grid]
     faults = Faults()
     jobs = read_jobs(path, request_values(options), grid, find_adapter, faults)
-    plan = plan_batch(jobs, base_section(options), find_adapter, faults)
+    plan = plan_batch(jobs, base_section(options), find_adapter, faults, file_format(options).suffix)
     layout = None
     if options.xyz is not None:
         layout = parse_layout(options.xyz, plan.pictures)
@@ -119,6 +121,8 @@ def _make(
             batch_size=options.batch_size,
             find_adapter=find_adapter,
             on_batch=view.show,
+            quality=options.quality,
+            lossless=options.lossless,
         )
 
 
@@ -206,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         "replace=red,green (search and replace in the prompt)",
     )
     parser.add_argument("--out", default="outputs", help="folder for pictures and manifest (default: outputs)")
+    add_format_flags(parser)
     parser.add_argument("--batch-size", type=int, default=4, help="pictures made at once (default: 4)")
     parser.add_argument("--sheet", action="store_true", help="write contact sheets of all pictures")
     parser.add_argument(

@@ -10,13 +10,13 @@ from pathlib import Path
 from sdlora import History, make_request, save_picture
 from sdlora.cli.base_flags import add_base_flags, base_section
 from sdlora.cli.engine_flags import add_engine_flags, load_engine
+from sdlora.cli.format_flags import add_format_flags, file_format
 from sdlora.cli.generate_view import step_bar
 from sdlora.cli.request_flags import add_request_flags, request_values
 from sdlora.errors import ConfigError
 from sdlora.generation.asked import check_pictures
 from sdlora.generation.engine import refuse_foreign_adapters
 from sdlora.generation.picture_names import DEFAULT_TEMPLATE, FIELDS, check_template, picture_path
-from sdlora.generation.pictures import check_compression
 from sdlora.generation.request import GenerationRequest
 from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable
@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}; expected 1 or more")
     check_template(options.name)
-    check_compression(f".{options.format}", options.quality, options.lossless)
+    file_format(options)
     folder = Path(options.out).expanduser()
     check_writable(folder)
     return _generate(options, request, folder)
@@ -41,13 +41,13 @@ def _generate(options: argparse.Namespace, request: GenerationRequest, folder: P
     refuse_foreign_adapters(base, [choice.path for choice in request.adapters])
     engine = load_engine(options, AdapterLibrary(options.library).path_of)
     before = engine.weights_sha256() if options.verify else ""
-    history, suffix = History(folder), f".{options.format}"
+    history, form = History(folder), file_format(options)
     started = time.perf_counter()
     with step_bar() as on_step:
         pictures = engine.generate(request, batch_size=options.batch_size, on_step=on_step)
         for number, (picture, recipe) in enumerate(pictures, start=1):
-            name = picture_path(recipe, options.name, number=number, suffix=suffix)
-            path = save_picture(picture, recipe, folder / name, quality=options.quality, lossless=options.lossless)
+            name = picture_path(recipe, options.name, number=number, suffix=form.suffix)
+            path = save_picture(picture, recipe, folder / name, quality=form.quality, lossless=form.lossless)
             history.add(path, recipe)
             rate = (time.perf_counter() - started) / number
             print(f"{path}  ({number} of {request.count}, {rate:.2f} s a picture)", flush=True)
@@ -73,9 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"way to each file below that folder; fields are {', '.join(f'{{{field}}}' for field in FIELDS)} "
         f"(default: {DEFAULT_TEMPLATE})",
     )
-    parser.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="png keeps every bit")
-    parser.add_argument("--quality", type=int, default=None, help="of jpg and webp, 1 to 100 (default: 90)")
-    parser.add_argument("--lossless", action="store_true", help="a webp that keeps every bit")
+    add_format_flags(parser)
     parser.add_argument(
         "--batch-size", type=int, default=1, help="pictures made at once; 1 makes each exactly repeatable alone"
     )

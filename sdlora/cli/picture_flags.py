@@ -38,5 +38,6 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def picture_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags say, by the names of a request's settings."""
-    return {name: getattr(options, name) for name in _FLAGS}
+    """Return what the flags say that is not said anyway, by the names of a request's settings."""
+    given = {name: getattr(options, name) for name in _FLAGS}
+    return {name: value for name, value in given.items() if value != GenerationRequest.model_fields[name].default}

@@ -52,4 +52,5 @@ def request_values(options: argparse.Namespace) -> dict[str, Any]:
     """Return the values of the request that the flags make, a prompt only where one is given."""
     values = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
     more = {**sampler_values(options), **picture_settings(options)}
-    return {**values, **more, "adapters": [parse_adapter(text) for text in options.adapter]}
+    adapters = [parse_adapter(text) for text in options.adapter]
+    return {**values, **more, **({"adapters": adapters} if adapters else {})}

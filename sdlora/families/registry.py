@@ -264,6 +264,15 @@ def section_sha256(section: BaseSection) -> str:
     return base_sha256(detect_base(find_base(section), section.variant))
 
 
+def declared_prediction(section: BaseSection) -> Prediction | None:
+    """Return what the base says that it predicts, without loading it; None where it does not say."""
+    return (
+        section.prediction
+        if section.prediction != "auto"
+        else detect_base(find_base(section), section.variant).prediction
+    )
+
+
 def usual_side(section: BaseSection) -> int:
     """Return the side in pixels at which the base makes pictures, as its description tells without loading it."""
     facts = detect_base(find_base(section), section.variant)

@@ -76,6 +76,21 @@ SAMPLERS: Mapping[str, SamplerTraits] = {
 }
 """Sampler -> what is known of it, in the order in which they are shown."""
 
+OF_SCHEDULERS: Mapping[str, str] = {
+    "DDIMScheduler": "DDIM",
+    "DDPMScheduler": "DDPM",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "EulerDiscreteScheduler": "Euler",
+    "HeunDiscreteScheduler": "Heun",
+    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
+    "KDPM2DiscreteScheduler": "DPM2",
+    "LCMScheduler": "LCM",
+    "PNDMScheduler": "PLMS",
+    "UniPCMultistepScheduler": "UniPC",
+}
+"""diffusers' scheduler, as bases name theirs -> the sampler that people call it."""
+
 _NEAREST = {
     "DPM++ SDE": "DPM++ 2M SDE",
     "DPM++ 2S a": "Euler a",

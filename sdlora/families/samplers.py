@@ -15,7 +15,7 @@ from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase
 from sdlora.families.latent import sampler
 from sdlora.families.sampler_names import SAMPLERS
-from sdlora.families.schedule import ends_in_pure_noise, zero_snr_sampler
+from sdlora.families.schedule import ends_in_pure_noise, refuse_pure_noise, zero_snr_sampler
 from sdlora.families.sigmas import sigma_table, sigmas_of
 
 _OF_THE_BASE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -86,11 +86,8 @@ def make_sampler(base: LoadedBase, name: str, schedule: str, zero_snr: bool = Fa
     ConfigError for what cannot begin at pure noise.
     """
     already = ends_in_pure_noise(base)
-    if zero_snr and base.prediction == "epsilon":
-        raise ConfigError(
-            f"{base.source.name} predicts epsilon, which says nothing of the picture where the input is pure noise; "
-            "leave zero_snr at auto"
-        )
+    if zero_snr:
+        refuse_pure_noise(base.prediction, base.source.name)
     if not name:
         return zero_snr_sampler(base) if zero_snr and not already else sampler(base)
     traits, zero_snr = SAMPLERS[name], zero_snr or already

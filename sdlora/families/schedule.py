@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 from diffusers import DDPMScheduler
 
+from sdlora.diffusion import Prediction
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase
 from sdlora.families.latent import sampler
@@ -48,6 +49,14 @@ def zero_snr_sampler(base: LoadedBase) -> Any:
     For pictures with an adapter that was trained on that schedule.
     """
     return sampler(replace(base, sampler_config=_rescaled(base.sampler_config)))
+
+
+def refuse_pure_noise(prediction: Prediction | None, name: str) -> None:
+    """Raise ConfigError where pictures of the base of that name cannot begin at pure noise; None: not known what it predicts."""
+    if prediction == "epsilon":
+        raise ConfigError(
+            f"{name} predicts epsilon, which says nothing of the picture where the input is pure noise; leave zero_snr at auto"
+        )
 
 
 def ends_in_pure_noise(base: LoadedBase) -> bool:

@@ -8,7 +8,7 @@ from sdlora.errors import ConfigError
 
 
 def parse_adapter(text: str) -> dict[str, object]:
-    """Return path and weight of "FILE" or "FILE:WEIGHT". A colon that is followed by no number is the path's."""
+    """Return the path of "FILE", path and weight of "FILE:WEIGHT". A colon that is followed by no number is the path's."""
     path, colon, weight = text.rpartition(":")
     if colon:
         try:
@@ -16,7 +16,7 @@ def parse_adapter(text: str) -> dict[str, object]:
         except ValueError:
             if Path(text).suffix != ".safetensors" and Path(path).suffix == ".safetensors":
                 raise ConfigError(f"adapter {text}: {weight!r} is no weight; expected FILE or FILE:0.8") from None
-    return {"path": text, "weight": 1.0}
+    return {"path": text}
 
 
 def parse_adapters(text: str) -> list[dict[str, object]]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sdlora.families.sampler_names import OF_SCHEDULERS
 from sdlora.generation.request import Recipe, UsedAdapter
 from sdlora.generation.start_fields import start_fields
 
@@ -71,7 +72,8 @@ def infotext(recipe: Recipe) -> str:
 
 
 def _fields(recipe: Recipe) -> dict[str, str]:
-    fields = {"Steps": str(recipe.steps), "Sampler": recipe.sampler or recipe.scheduler}
+    sampler = recipe.sampler or OF_SCHEDULERS.get(recipe.scheduler, recipe.scheduler)
+    fields = {"Steps": str(recipe.steps), "Sampler": sampler}
     if recipe.schedule:
         fields["Schedule type"] = recipe.schedule
     fields |= {

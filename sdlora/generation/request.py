@@ -29,6 +29,12 @@ MaskedContent = Literal["original", "fill", "latent noise", "latent nothing"]
 LATENT_UPSCALERS = ("latent", "latent (nearest-exact)", "latent (bicubic)")
 PIXEL_UPSCALERS = ("lanczos", "nearest")
 Tiling = Literal["auto", "on", "off"]
+_IDLE_WITHOUT = {
+    "image": ("strength", "resize"),
+    "mask": ("mask_blur", "inpaint_area", "masked_padding", "masked_content"),
+    "hires_scale": ("hires_steps", "hires_strength", "hires_upscaler"),
+}
+"""{setting: those that do nothing where it is left out}."""
 
 
 class AdapterChoice(Section):
@@ -135,6 +141,17 @@ class GenerationRequest(Section):
             raise ValueError("hires_scale is for pictures made from noise; with image set width and height instead")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> GenerationRequest:
+        """Refuse what does nothing, but where the setting that it belongs to says so itself, as `hires_scale = 1`."""
+        for needed, idle in idle_settings(self.model_dump(exclude_defaults=True)).items():
+            if needed not in self.model_fields_set:
+                does = "do" if len(idle) > 1 else "does"
+                raise ValueError(
+                    f"{' and '.join(idle)} {does} nothing without {needed}; give that too, or leave it out"
+                )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _names_as_written_here(cls, values: Any) -> Any:
@@ -177,6 +194,16 @@ class GenerationRequest(Section):
         if len(set(paths)) < len(paths):
             raise ValueError("the same adapter is named twice; give it once with the sum of the weights")
         return adapters
+
+
+def idle_settings(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return {setting: those of the values that do nothing, since it is not among them}."""
+    found = {
+        needed: [name for name in names if name in values]
+        for needed, names in _IDLE_WITHOUT.items()
+        if needed not in values
+    }
+    return {needed: names for needed, names in found.items() if names}
 
 
 def make_request(**values: Any) -> GenerationRequest:

@@ -77,14 +77,14 @@ def test_broken_toml_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "path", "weight"),
     [
-        ("a.safetensors", "a.safetensors", 1.0),
-        ("a.safetensors:0.5", "a.safetensors", 0.5),
-        (r"C:\loras\a.safetensors", r"C:\loras\a.safetensors", 1.0),
-        (r"C:\loras\a.safetensors:-1", r"C:\loras\a.safetensors", -1.0),
+        ("a.safetensors", "a.safetensors", {}),
+        ("a.safetensors:0.5", "a.safetensors", {"weight": 0.5}),
+        (r"C:\loras\a.safetensors", r"C:\loras\a.safetensors", {}),
+        (r"C:\loras\a.safetensors:-1", r"C:\loras\a.safetensors", {"weight": -1.0}),
     ],
 )
-def test_adapter_and_weight(text: str, path: str, weight: float) -> None:
-    assert parse_adapter(text) == {"path": path, "weight": weight}
+def test_adapter_and_weight(text: str, path: str, weight: dict[str, float]) -> None:
+    assert parse_adapter(text) == {"path": path, **weight}
 
 
 def test_a_weight_that_is_no_number_is_refused() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sdlora.errors import ConfigError
-from sdlora.families.sampler_names import AUTOMATIC, SAMPLERS
+from sdlora.families.sampler_names import AUTOMATIC, OF_SCHEDULERS, SAMPLERS
 from sdlora.families.samplers import make_sampler, schedule_of, settings_of
 from sdlora.families.sigmas import sigma_table, sigmas_of
 
@@ -148,6 +148,12 @@ def test_steps_are_the_papers(make, name, schedule, formula):
     levels = [*sigma_table(schedule, count, training)[:10], 0.0]
     first = levels[0] if name != "DPM++ 2M" else math.sqrt(1 + levels[0] ** 2)  # the library starts at a variance of 1
     assert found == pytest.approx(formula(first, levels), rel=2e-3)
+
+
+@pytest.mark.parametrize(("scheduler", "name"), OF_SCHEDULERS.items())
+def test_schedulers_have_the_names_of_what_makes_them(make, scheduler, name):
+    schedule = AUTOMATIC if name == "LCM" else SAMPLERS[name].automatic
+    assert type(make(name, schedule)).__name__ == scheduler
 
 
 def test_many_steps_that_share_timesteps_begin_at_the_first(base):

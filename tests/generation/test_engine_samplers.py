@@ -166,7 +166,7 @@ def test_the_recipe_and_the_infotext_tell_what_ran(engine):
     assert "RNG: NV, CFG Rescale phi: 0.5" in line
     ((_, own),) = engine.generate(ask())
     assert (own.sampler, own.schedule, own.noise_device) == ("", "", "cpu")
-    assert "Schedule type" not in infotext(own) and "Sampler: PNDMScheduler" in infotext(own)
+    assert "Schedule type" not in infotext(own) and "Sampler: PLMS" in infotext(own)
     again = ask(sampler=recipe.sampler, schedule=recipe.schedule, guidance_rescale=0.5, noise=recipe.noise_device)
     assert same(make(engine, again), make(engine, ask(**asked)))
 

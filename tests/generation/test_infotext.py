@@ -17,7 +17,7 @@ def test_the_infotext_is_what_other_programs_read(recipe):
     assert infotext(recipe) == (
         'ein roter Ball, "schön", 猫 <lora:zorb:0.8>\n'
         "Negative prompt: blurry, blue\n"
-        "Steps: 20, Sampler: PNDMScheduler, CFG scale: 6.5, Seed: 41, Size: 24x16, Model hash: ababababab, "
+        "Steps: 20, Sampler: PLMS, CFG scale: 6.5, Seed: 41, Size: 24x16, Model hash: ababababab, "
         'Model: dreamy, RNG: CPU, Lora hashes: "zorb: efefefefefef", Version: sdlora 0.1.0, '
         'Hashes: {"model": "ababababab", "lora:zorb": "cdcdcdcdcd"}'
     )

@@ -38,6 +38,9 @@ def test_defaults():
         ({"prompt": "x", "adapters": [{"path": "a", "weight": 11}]}, "adapters.0.weight is 11"),
         ({"prompt": "x", "adapters": [{"path": "a", "weight": float("inf")}]}, "adapters.0.weight is inf"),
         ({"prompt": "x", "adapters": [{"path": "a"}, {"path": "a"}]}, "the same adapter is named twice"),
+        ({"prompt": "x", "strength": 0.5}, "strength does nothing without image; give that too, or leave it out"),
+        ({"prompt": "x", "hires_steps": 5, "hires_strength": 0.5}, "hires_steps and hires_strength do nothing without"),
+        ({"prompt": "x", "image": "a.png", "mask_blur": 2}, "mask_blur does nothing without mask"),
     ],
 )
 def test_a_wrong_request_is_refused_in_one_sentence(values, sentence):

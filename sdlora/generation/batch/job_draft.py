@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdlora.errors import ConfigError
 from sdlora.generation.batch.grid import Point
+from sdlora.generation.batch.job_fields import kept, over
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,13 @@ class Draft:
     """By setting, as in `job_fields.FIELDS`."""
     point: Point = ()
     """Where in the file's grid it is."""
+    defaults: frozenset[str] = frozenset()
+    """The settings that it does not say itself."""
+
+    def on(self, defaults: Mapping[str, Any]) -> Draft:
+        """Return the job with defaults for what it does not say."""
+        left = kept(defaults, self.values)
+        return replace(self, values=over(defaults, self.values), defaults=self.defaults | left)
 
 
 def file_text(path: Path) -> str:

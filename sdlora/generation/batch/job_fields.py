@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from sdlora.config.section import is_file_stem
 from sdlora.errors import ConfigError
 from sdlora.generation.adapter_text import parse_adapters
-from sdlora.generation.request import GenerationRequest
+from sdlora.generation.pictures import SUFFIXES
+from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, idle_settings
 
 BESIDE_REQUEST = ("weight", "size", "name")
 """What a job may say besides a request's settings: the weight of all its adapters, width and height, its file's name."""
+FILES = ("image", "mask", "hires_upscaler")
+"""Settings that may name files besides adapters."""
 FIELDS = (*GenerationRequest.model_fields, *BESIDE_REQUEST)
 ALIASES: Mapping[str, str] = MappingProxyType({
     "p": "prompt", "text": "prompt", "caption": "prompt",
@@ -87,25 +91,45 @@ def by_field(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def files_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return {setting: file} of the values that name one; an upscaler may be one that is built in."""
+    named = {name: values[name] for name in FILES if isinstance(values.get(name), str) and values[name]}
+    return {name: file for name, file in named.items() if file not in (*LATENT_UPSCALERS, *PIXEL_UPSCALERS)}
+
+
 def over(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults with what a job says in their place; its size takes that of width and height, and theirs that of size."""
+    return {**{field: defaults[field] for field in kept(defaults, said)}, **said}
+
+
+def kept(defaults: Iterable[str], said: Mapping[str, Any]) -> frozenset[str]:
+    """Return the defaults that hold beside what a job says."""
     taken = {"size"} if said.keys() & {"width", "height"} else {"width", "height"} if "size" in said else set()
-    return {**{field: value for field, value in defaults.items() if field not in taken}, **said}
+    return frozenset(defaults) - taken - said.keys()
 
 
-def request_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[str]]:
+def request_values(values: Mapping[str, Any], defaults: Collection[str] = ()) -> tuple[dict[str, Any], str, list[str]]:
     """Return the values of the request that a job's values make, the name of its file, "" for any, and what is wrong.
 
-    Size, adapters, weight and name are checked here; the rest is the request's to check.
+    Of values that are `defaults`, those that do nothing for this job count as not given, and a weight is that of adapters
+    that name none. Size, adapters, weight and name are checked here; the rest is the request's to check.
     """
-    made = {field: value for field, value in values.items() if field not in BESIDE_REQUEST}
+    idle = {name for names in idle_settings(values).values() for name in names}.intersection(defaults)
+    made = {field: value for field, value in values.items() if field not in BESIDE_REQUEST and field not in idle}
     problems = []
-    for take in (_take_seed, _take_size, _take_adapters, _check_name):
+    take_adapters = functools.partial(_take_adapters, weight_is_default="weight" in defaults)
+    for take in (_take_seed, _take_size, take_adapters, _check_name):
         try:
             take(values, made)
         except ConfigError as error:
             problems.append(str(error))
-    return made, str(values.get("name", "")).removesuffix(".png"), problems
+    return made, str(values.get("name", "")), problems
+
+
+def name_parts(name: str) -> tuple[str, str]:
+    """Return a name without the suffix of a picture, and that suffix, "" where it has none."""
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, f".{suffix}".lower()) if f"{dot}{suffix}".lower() in SUFFIXES else (name, "")
 
 
 def _take_seed(values: Mapping[str, Any], made: dict[str, Any]) -> None:
@@ -128,14 +152,15 @@ def _take_size(values: Mapping[str, Any], made: dict[str, Any]) -> None:
     made["width"], made["height"] = int(match[1]), int(match[2])
 
 
-def _take_adapters(values: Mapping[str, Any], made: dict[str, Any]) -> None:
+def _take_adapters(values: Mapping[str, Any], made: dict[str, Any], weight_is_default: bool) -> None:
     """The request has the job's adapters, each with the job's weight where it gives one."""
     made.pop("adapters", None)
     adapters = _adapters(values["adapters"]) if "adapters" in values else None
-    if "weight" in values:
+    if "weight" in values and (adapters is not None or not weight_is_default):
         if adapters is None:
             raise ConfigError(f"weight is {values['weight']!r} but no adapter is named")
-        adapters = [{**adapter, "weight": values["weight"]} for adapter in adapters]
+        own = {"weight": values["weight"]}
+        adapters = [{**own, **adapter} if weight_is_default else {**adapter, **own} for adapter in adapters]
     if adapters is not None:
         made["adapters"] = adapters
 
@@ -158,7 +183,7 @@ def _check_name(values: Mapping[str, Any], made: dict[str, Any]) -> None:
     name = values.get("name", "")
     if not isinstance(name, str):
         raise ConfigError(f"name is {name!r}; expected a file's name")
-    stem = name.removesuffix(".png")
+    stem, _ = name_parts(name)
     if name and not all(is_file_stem(part) and part.strip(" .") == part for part in stem.split("/")):
         raise ConfigError(
             f"name is {name[:80]!r}; expected a file's name of letters, digits, spaces and . _ -, in folders parted by /"

@@ -13,7 +13,7 @@ from sdlora.generation.asked import FindAdapter
 from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.grid import MOST_PICTURES, Axis, Point, grid_points, product_size, refuse_doubles
 from sdlora.generation.batch.job_draft import Draft
-from sdlora.generation.batch.job_fields import over, request_values
+from sdlora.generation.batch.job_fields import files_of, request_values
 from sdlora.generation.batch.jobs_tables import read_csv_jobs, read_jsonl_jobs
 from sdlora.generation.batch.jobs_text import read_text_jobs
 from sdlora.generation.batch.jobs_toml import read_toml_jobs
@@ -38,7 +38,7 @@ class Job:
     """"jobs.txt:12"."""
     request: GenerationRequest
     name: str = ""
-    """Of its file, without suffix; "": one is made up."""
+    """Of its file, with suffix or without; "": one is made up."""
     point: Point = ()
     """Where in a grid it is."""
 
@@ -52,23 +52,25 @@ def read_jobs(
 ) -> list[Job]:
     """Return the jobs of a file, each at every point of the grid; without a file the one that `defaults` are.
 
-    `defaults` are values by setting, which the file's own replace. An adapter is a path, seen from here or from the
-    file's folder, or what `find_adapter` knows. Raises one ConfigError for everything that is wrong, line by line; with
+    `defaults` are values by setting, which the file's own replace. Files are looked for from here and from the file's
+    folder; an adapter may be what `find_adapter` knows. Raises one ConfigError for everything that is wrong, line by line; with
     `faults` these are told there, and the jobs are those that are right.
     """
     together = [(axis,) for axis in grid]
     refuse_doubles(together)
     told = Faults() if faults is None else faults
-    drafts = [Draft(draft.where, over(defaults or {}, draft.values), draft.point) for draft in _drafts(path, told)]
+    drafts = list(_drafts(path, defaults or {}, told))
     if (size := len(drafts) * product_size(together)) > MOST_PICTURES:
         raise ConfigError(f"{size:,} jobs are asked for; a batch has at most {MOST_PICTURES:,} pictures")
-    find = _adapter_finder(path.parent if path else Path(), find_adapter)
+    folder = path.parent if path else Path()
+    find = _adapter_finder(folder, find_adapter)
     jobs: list[Job] = []
     for draft in drafts:
+        left = draft.defaults.difference(axis.field for axis in grid)
         with told.of(draft.where):
             for values, point in grid_points(together, draft.values):
                 with told.of(draft.where):
-                    jobs.append(_job(draft.where, values, (*draft.point, *point), find))
+                    jobs.append(_job(Draft(draft.where, values, (*draft.point, *point), left), folder, find))
     what = str(path) if path else "what is asked for"
     if faults is None or not jobs:
         told.raise_all(what)
@@ -79,32 +81,39 @@ def read_jobs(
     return jobs
 
 
-def _drafts(path: Path | None, faults: Faults) -> Iterator[Draft]:
+def _drafts(path: Path | None, defaults: Mapping[str, Any], faults: Faults) -> Iterator[Draft]:
     if path is None:
-        yield Draft(COMMAND_LINE, {})
+        yield Draft(COMMAND_LINE, defaults)
         return
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(f"{path}: is no jobs file; expected {', '.join(_READERS)}")
-    yield from reader(path, faults)
+    yield from (draft.on(defaults) for draft in reader(path, faults))
 
 
-def _job(where: str, values: Mapping[str, Any], point: Point, find: Callable[[str], str]) -> Job:
+def _job(draft: Draft, folder: Path, find: Callable[[str], str]) -> Job:
     """Return the checked job. Raises one ConfigError for all that is wrong with it."""
-    made, name, problems = request_values(values)
+    made, name, problems = request_values(draft.values, draft.defaults)
     for adapter in made.get("adapters", ()):
         try:
             if "path" in adapter:
                 adapter["path"] = find(adapter["path"])
         except ConfigError as error:
             problems.append(str(error))
+    made |= {name: _seen_from(folder, file) for name, file in files_of(made).items()}
     try:
-        request = validated(GenerationRequest, made, where)
+        request = validated(GenerationRequest, made, draft.where)
     except ConfigError as error:
-        problems.append(str(error).removeprefix(f"{where}: "))
+        problems.append(str(error).removeprefix(f"{draft.where}: "))
     if problems:
         raise ConfigError("; ".join(problems))
-    return Job(where, request, name, point)
+    return Job(draft.where, request, name, draft.point)
+
+
+def _seen_from(folder: Path, name: str) -> str:
+    """Return where that file is: seen from here, else from the folder of the jobs; unchanged where neither has it."""
+    beside = folder / user_path(name)
+    return str(beside) if not is_there(user_path(name)) and is_there(beside) else name
 
 
 def _adapter_finder(folder: Path, find_adapter: FindAdapter | None) -> Callable[[str], str]:
@@ -113,9 +122,8 @@ def _adapter_finder(folder: Path, find_adapter: FindAdapter | None) -> Callable[
     missing: dict[str, str] = {}
 
     def look(name: str) -> str:
-        for place in (user_path(name), folder / user_path(name)):
-            if is_there(place):
-                return str(place)
+        if is_there(user_path(path := _seen_from(folder, name))):
+            return path
         if find_adapter is None:
             raise ConfigError(f"{name}: there is no such adapter file")
         return str(find_adapter(name))

@@ -20,7 +20,7 @@ from sdlora.generation.batch.grid import (
     refuse_doubles,
 )
 from sdlora.generation.batch.job_draft import Draft
-from sdlora.generation.batch.job_fields import by_field, over
+from sdlora.generation.batch.job_fields import by_field
 
 _TABLES = ("defaults", "jobs", "grid")
 _TOGETHER = "zip"
@@ -36,7 +36,7 @@ def read_toml_jobs(path: Path, faults: Faults) -> Iterator[Draft]:
         defaults = _fields(content.get("defaults", {}))
     for where, job in _tables(path, content, "jobs", faults):
         with faults.of(where):
-            yield Draft(where, over(defaults, _fields(job)))
+            yield Draft(where, _fields(job)).on(defaults)
     for where, grid in _tables(path, content, "grid", faults):
         with faults.of(where):
             yield from _grid_drafts(where, grid, defaults, path.parent)
@@ -61,8 +61,10 @@ def _grid_drafts(where: str, grid: Mapping[str, Any], defaults: Mapping[str, Any
     refuse_doubles(together)
     if (size := product_size(together)) > MOST_PICTURES:
         raise ConfigError(f"makes {size:,} jobs; a batch has at most {MOST_PICTURES:,} pictures")
-    for made, point in grid_points(together, over(defaults, values)):
-        yield Draft(where, made, point)
+    shared = Draft(where, values).on(defaults)
+    left = shared.defaults.difference(axis.field for axis in axes.values())
+    for made, point in grid_points(together, shared.values):
+        yield Draft(where, made, point, left)
 
 
 def _parts(grid: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Axis]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -33,7 +34,7 @@ from sdlora.generation.batch.plan import (
 )
 from sdlora.generation.batches import Likeness, likeness
 from sdlora.generation.engine import Engine
-from sdlora.generation.pictures import read_recipe, save_picture
+from sdlora.generation.pictures import SUFFIXES, read_recipe, save_picture
 from sdlora.generation.request import Recipe
 
 _LEFT_BEHIND_SECONDS = 60.0
@@ -84,7 +85,7 @@ def standing(
 
 
 def _seconds_per_cost(lines: Iterable[Line]) -> float:
-    timed = [line for line in lines if line.seconds > 0 and line.cost > 0]
+    timed = [line for line in lines if 0 < line.seconds < math.inf and 0 < line.cost < math.inf]
     return sum(line.seconds for line in timed) / sum(line.cost for line in timed) if timed else 0.0
 
 
@@ -125,9 +126,9 @@ def _is_picture(path: Path) -> bool:
 
 def _clear_halves(folder: Path) -> None:
     """What killed runs left of files that they were writing is gone; what was begun just now may be another program's."""
-    for path in folder.rglob(".writing-*.png"):
+    for path in folder.rglob(".writing-*"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _LEFT_BEHIND_SECONDS:
+            if path.suffix in SUFFIXES and time.time() - path.stat().st_mtime > _LEFT_BEHIND_SECONDS:
                 path.unlink()
 
 
@@ -160,8 +161,12 @@ def make_pictures(
     batch_size: int,
     find_adapter: FindAdapter | None = None,
     on_batch: OnBatch | None = None,
+    quality: int | None = None,
+    lossless: bool = False,
 ) -> BatchProgress:
     """Make the pictures and return how that went. Each file is there whole, and then its line in the manifest.
+
+    `quality` and `lossless` are those of `save_picture`.
 
     A picture that cannot be made gets a line that says why, and the others go on. Raises OutputError where
     nothing can be written.
@@ -180,7 +185,8 @@ def make_pictures(
                 failed += 1
             else:
                 image, recipe = result
-                save_picture(image, recipe, folder / picture.file, replace=True)
+                path = folder / picture.file
+                save_picture(image, recipe, path, quality=quality, lossless=lossless, replace=True)
                 manifest.made({**_told(picture), "seconds": round(seconds, 4), "cost": picture.cost}, recipe)
                 done += 1
         work += sum(picture.cost for picture in batch)

@@ -16,30 +16,25 @@ from sdlora.adapters.file import adapter_family
 from sdlora.adapters.fit import refuse_other_family
 from sdlora.adapters.stored import adapter_hashes
 from sdlora.config import BaseSection
+from sdlora.errors import ConfigError
 from sdlora.families.detect import family_of
-from sdlora.families.registry import section_sha256, usual_side
+from sdlora.families.registry import declared_prediction, section_sha256, usual_side
+from sdlora.families.schedule import refuse_pure_noise
 from sdlora.families.sources import find_base
 from sdlora.families.traits import FamilyTraits
 from sdlora.generation.asked import Asked, FindAdapter, asked_pictures, read_folder
 from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.grid import Point
+from sdlora.generation.batch.job_fields import FILES, files_of, name_parts
 from sdlora.generation.batch.jobs import Job
 from sdlora.generation.batches import neighbours
-from sdlora.generation.request import (
-    LATENT_UPSCALERS,
-    PIXEL_UPSCALERS,
-    AdapterChoice,
-    GenerationRequest,
-    Recipe,
-    UsedAdapter,
-)
+from sdlora.generation.pictures import SUFFIXES
+from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter
 from sdlora.generation.source import work_size
 from sdlora.storage import past_devices, sha256_of_file, user_path
 
 _NOT_THE_PICTURES = ("prompt", "negative_prompt", "seed", "count", "wildcards", "adapters")
 """Settings of a request that a picture's identity holds in another form."""
-_FILES = ("image", "mask", "hires_upscaler")
-"""Settings that name files, whose contents count; an upscaler may be one that is built in."""
 _TOLD_BY_RECIPES = ("steps", "guidance_scale", "guidance_rescale", "emphasis", "clip_skip", "sampler", "zero_snr")
 """Settings that recipes have under the same names."""
 _BASE_SETTINGS = ("precision", "quantize", "prediction")
@@ -85,15 +80,16 @@ def plan_batch(
     base: BaseSection,
     find_adapter: FindAdapter | None = None,
     faults: Faults | None = None,
+    suffix: str = ".png",
 ) -> BatchPlan:
-    """Return every picture of the jobs, with a name of its own.
+    """Return every picture of the jobs, with a name of its own that ends so.
 
     Nothing is loaded: families are told from headers, contents by their hashes. Raises one ConfigError for all tags and
     files that name no adapter, adapters of another family, folders of wildcards that cannot be read, and names that
     two jobs have, and for the `faults` that were found before; ModelError where the base is none.
     """
     family = family_of(find_base(base))
-    planner = _Planner(base, family, find_adapter)
+    planner = _Planner(base, family, find_adapter, suffix)
     faults = faults or Faults()
     pictures: list[Picture] = []
     for job in jobs:
@@ -110,12 +106,14 @@ def plan_batch(
 class _Planner:
     """Knows what all pictures of a batch share, each file read once."""
 
-    def __init__(self, base: BaseSection, family: FamilyTraits, find_adapter: FindAdapter | None) -> None:
+    def __init__(self, base: BaseSection, family: FamilyTraits, find_adapter: FindAdapter | None, suffix: str) -> None:
         self.base_sha256 = section_sha256(base)
         self.side = usual_side(base)
+        self._predicts = declared_prediction(base)
         self.read = functools.cache(read_folder)
         self._find_adapter = find_adapter
         self._base_name = base.path
+        self._suffix = suffix
         self._family = family
         self._shared = {"base": self.base_sha256, **{name: getattr(base, name) for name in _BASE_SETTINGS}}
         self._hash_of = functools.cache(self._checked_hash)
@@ -123,6 +121,8 @@ class _Planner:
 
     def picture(self, job: Job, asked: Asked, number: int) -> Picture:
         """Return the picture that was asked for. Raises as `plan_batch` does."""
+        if job.request.zero_snr == "on":
+            refuse_pure_noise(self._predicts, self._base_name)
         made_of = {
             **self._shared,
             **self._settings(job.request),
@@ -130,19 +130,19 @@ class _Planner:
             "negative_prompt": asked.texts.negative_prompt,
             "seed": asked.seed,
             "adapters": [self._acting(choice) for choice in asked.adapters],
-            **({"name": job.name} if job.name else {}),
+            **({"name": name_parts(job.name)[0]} if job.name else {}),
+            **({"suffix": self._suffix} if self._suffix != ".png" else {}),
         }
         identity = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         single = job.request.model_copy(update={"seed": asked.seed, "count": 1})
-        file = _file_name(job, asked, number, identity)
+        file = _file_name(job, asked, number, identity, self._suffix)
         work, pixels = _work(asked, self.side)
         return Picture(identity, file, single, job.where, job.point, work * (2 if asked.guided else 1), pixels)
 
     def _settings(self, request: GenerationRequest) -> Mapping[str, Any]:
         """Return the settings that are not as they are unsaid, so that a setting of a later version changes no identity."""
         values = request.model_dump(exclude_defaults=True, exclude=set(_NOT_THE_PICTURES))
-        files = {name for name in _FILES if values.get(name) not in (None, *LATENT_UPSCALERS, *PIXEL_UPSCALERS)}
-        return {name: self._file_hash(value) if name in files else value for name, value in values.items()}
+        return {**values, **{name: self._file_hash(file) for name, file in files_of(values).items()}}
 
     def _acting(self, choice: AdapterChoice) -> list[Any]:
         own = choice.text_encoder_weight
@@ -168,19 +168,28 @@ def _work(asked: Asked, side: int) -> tuple[float, int]:
     return max(work, float(math.prod(first))), math.prod(last)
 
 
-def _file_name(job: Job, asked: Asked, number: int, identity: str) -> str:
-    """Return the name that the job gives, with the seed where it makes several; else number, prompt and identity."""
+def _file_name(job: Job, asked: Asked, number: int, identity: str, suffix: str) -> str:
+    """Return the name that the job gives, with the seed where it makes several; else number, prompt and identity.
+
+    Raises ConfigError for a name of another format.
+    """
     if job.name:
+        named, own = name_parts(job.name)
+        if own and SUFFIXES[own] != SUFFIXES[suffix]:
+            raise ConfigError(
+                f"name is {job.name[:80]!r}, but the pictures of this batch are {suffix} files; give --format {own[1:]}, or "
+                "leave the suffix out"
+            )
         seed = f"-{asked.seed}" if job.request.count > 1 else ""
-        *folders, stem = job.name.split("/")
-        return "/".join([*map(past_devices, folders), f"{past_devices(stem + seed)}.png"])
+        *folders, stem = named.split("/")
+        return "/".join([*map(past_devices, folders), f"{past_devices(stem + seed)}{suffix}"])
     words = re.sub(r"[^\w]+", "-", asked.texts.prompt.lower()).strip("-").encode()[:60].decode(errors="ignore")
-    return f"{number:05d}-{words.strip('-') or 'picture'}-{identity[:_ID_DIGITS]}.png"
+    return f"{number:05d}-{words.strip('-') or 'picture'}-{identity[:_ID_DIGITS]}{suffix}"
 
 
 def identity_mark(file: str) -> str:
     """Return what a made-up name tells of its picture's identity, "" of any other name."""
-    match = re.search(rf"-([0-9a-f]{{{_ID_DIGITS}}})\.png$", file)
+    match = re.search(rf"-([0-9a-f]{{{_ID_DIGITS}}})\.(?:png|jpe?g|webp)$", file)
     return match[1] if match else ""
 
 
@@ -239,7 +248,7 @@ def in_groups(pictures: Sequence[Picture]) -> list[list[Picture]]:
 
 def _kind(request: GenerationRequest) -> str:
     """Return what pictures of one batch have in common, as far as requests tell."""
-    values = request.model_dump(exclude={*_NOT_THE_PICTURES, *_FILES, "guidance_scale"})
+    values = request.model_dump(exclude={*_NOT_THE_PICTURES, *FILES, "guidance_scale"})
     return json.dumps([request.guidance_scale > 1, values], sort_keys=True)
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from sdlora.errors import PICTURE_DAMAGE, ConfigError
 from sdlora.generation.batch.grid import label
-from sdlora.generation.batch.job_fields import SHEETS, field_of
+from sdlora.generation.batch.job_fields import SHEETS, field_of, name_parts
 from sdlora.generation.batch.plan import Picture
 from sdlora.lettering import fit, font, wrap
 from sdlora.storage import atomic_path
@@ -131,6 +131,7 @@ def write_grids(
         path = folder / SHEETS / f"grid-{number}.png"
         _save(_draw_plane(plane, layout, files, folder, side), path)
         paths.append(path)
+    _drop_older(folder, "grid", len(paths))
     return paths
 
 
@@ -181,7 +182,14 @@ def write_contact_sheets(pictures: Sequence[Picture], files: Mapping[str, str], 
         path = folder / SHEETS / f"contact-{start // per_sheet + 1}.png"
         _save(_draw_contact(there[start : start + per_sheet], files, folder), path)
         paths.append(path)
+    _drop_older(folder, "contact", len(paths))
     return paths
+
+
+def _drop_older(folder: Path, kind: str, count: int) -> None:
+    """Sheets that an earlier run numbered higher than this one's are gone."""
+    while (path := folder / SHEETS / f"{kind}-{(count := count + 1)}.png").is_file():
+        path.unlink()
 
 
 def _draw_contact(pictures: Sequence[Picture], files: Mapping[str, str], folder: Path) -> Image.Image:
@@ -195,7 +203,8 @@ def _draw_contact(pictures: Sequence[Picture], files: Mapping[str, str], folder:
         pen.rectangle((left, top, left + _SIDE - 1, top + _SIDE - 1), fill=_TILE)
         thumbnail = _thumbnail(folder / files[picture.identity], _SIDE)
         sheet.paste(thumbnail, (left + (_SIDE - thumbnail.width) // 2, top + (_SIDE - thumbnail.height) // 2))
-        name = f"{picture.file.rpartition('/')[2].split('-')[0].removesuffix('.png')}  seed {picture.request.seed}"
+        stem, _ = name_parts(picture.file.rpartition("/")[2])
+        name = f"{stem.split('-')[0]}  seed {picture.request.seed}"
         pen.text((left, top + _SIDE + 6), fit(name, _SIDE, _SMALL), _FAINT, font(_SMALL))
         text = _lines(picture.request.prompt, _SIDE, _CAPTION_LINES)
         pen.text((left, top + _SIDE + 6 + _LINE), text, _INK, font(_SMALL))

@@ -81,6 +81,44 @@ def test_what_a_job_says_of_its_size_counts(tmp_path, text):
     assert (job.request.width, job.request.height) == (128, 64)
 
 
+def test_defaults_that_do_nothing_for_a_job_are_left_out_and_what_a_job_says_is_refused(tmp_path):
+    text = '[defaults]\nstrength = 0.5\n[[jobs]]\nprompt = "a"\n[[jobs]]\nprompt = "b"\nimage = "x.png"'
+    jobs = read_jobs(write(tmp_path, "jobs.toml", text), {"hires_steps": 3, "mask_blur": 2.0})
+    assert said(jobs, "image", "strength", "hires_steps", "mask_blur") == [("", 0.75, 0, 4.0), ("x.png", 0.5, 0, 4.0)]
+    path = write(tmp_path, "jobs.txt", "a --strength 0.5\nb\nc --hires_scale 1 --hires_steps 3")
+    told = problem(path, defaults={"strength": 0.5})
+    assert "jobs.txt:1: strength does nothing without image; give that too, or leave it out" in told
+    assert "jobs.txt:2" not in told and "jobs.txt:3" not in told
+    assert "hires_steps does nothing without hires_scale" in problem(None, defaults={"prompt": "a", "hires_steps": 3})
+    grid = [parse_axis("hires_scale=1,2")]
+    assert said(read_jobs(None, {"prompt": "a", "hires_steps": 3}, grid), "hires_steps") == [(3,), (3,)]
+    axis = [parse_axis("strength=0.2,0.4")]
+    assert "strength does nothing" in problem(None, defaults={"prompt": "a"}, grid=axis)
+
+
+def test_a_default_weight_is_that_of_adapters_that_name_none(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").touch()
+    text = '[defaults]\nweight = 0.5\n[[jobs]]\nprompt = "a"\nadapters = "a.safetensors:0.8;b.safetensors"\n'
+    text += '[[jobs]]\nprompt = "b"\nadapters = "a.safetensors:0.8"\nweight = 0.3\n[[jobs]]\nprompt = "c"'
+    jobs = read_jobs(write(tmp_path, "jobs.toml", text))
+    assert [[adapter.weight for adapter in job.request.adapters] for job in jobs] == [[0.8, 0.5], [0.3], []]
+
+
+def test_files_are_looked_for_from_here_and_beside_the_jobs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "night"
+    folder.mkdir()
+    for place in ("here.png", "night/here.png", "night/mask.png", "night/lanczos"):
+        (tmp_path / place).touch()
+    line = "a --image here.png --mask mask.png\nb --hires_scale 2 --hires_upscaler lanczos"
+    jobs = read_jobs(write(folder, "jobs.txt", line))
+    assert said(jobs, "image", "mask", "hires_upscaler") == [
+        ("here.png", str(folder / "mask.png"), "latent"),
+        ("", "", "lanczos"),
+    ]
+
+
 def test_size_and_width_of_one_job_are_refused(tmp_path):
     (tmp_path / "jobs.txt").write_text("a --w 128 --size 64x64")
     with pytest.raises(ConfigError, match="size is given beside width or height"):

@@ -72,6 +72,11 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / NAME).read_text(encoding="utf-8").splitlines()]
 
 
+def pixels(file: Path) -> bytes:
+    with Image.open(file) as picture:
+        return picture.convert("RGB").tobytes()
+
+
 def pictures_in(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")}
 
@@ -202,6 +207,25 @@ def test_halves_of_files_that_a_kill_left_are_cleared_away(base: BaseSection, tm
 
 
 @pytest.mark.parametrize("shape", ["sd1"])
+def test_pictures_of_a_batch_may_be_webp(base: BaseSection, engine: Engine, tmp_path: Path) -> None:
+    jobs = read_jobs(None, {"prompt": "a ball", "steps": 1, "count": 2, "name": "cats/one.webp"})
+    plan, png = plan_batch(jobs, base, suffix=".webp"), plan_batch([replace(job, name="") for job in jobs], base)
+    assert [picture.file for picture in plan.pictures] == ["cats/one-0.webp", "cats/one-1.webp"]
+    assert run(engine, plan, tmp_path, lossless=True) == ["cats/one-0.webp", "cats/one-1.webp"]
+    assert read_recipe(tmp_path / "cats" / "one-1.webp").seed == 1
+    run(engine, png, tmp_path / "png")
+    assert pixels(tmp_path / "cats" / "one-1.webp") == pixels(tmp_path / "png" / png.pictures[1].file)
+    assert standing(plan, tmp_path).pending == ()
+    (tmp_path / NAME).unlink()
+    assert standing(plan, tmp_path).pending == ()  # known by its recipe
+    assert len(standing(png, tmp_path).pending) == 2  # another format is another file
+    with pytest.raises(
+        ConfigError, match=r"one\.webp', but the pictures of this batch are \.jpg files; give --format webp"
+    ):
+        plan_batch(jobs, base, suffix=".jpg")
+
+
+@pytest.mark.parametrize("shape", ["sd1"])
 def test_files_of_others_are_not_replaced_unless_wanted(base: BaseSection, engine: Engine, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -319,6 +343,7 @@ def test_everything_is_checked_before_the_base_is_loaded(
         {"name": "one"},
         {"name": "ONE", "seed": 2},
         {"steps": 0},
+        {"zero_snr": "on"},
     )
     path = tmp_path / "jobs.jsonl"
     path.write_text("".join(json.dumps({"prompt": "a", **line}) + "\n" for line in lines))
@@ -327,7 +352,7 @@ def test_everything_is_checked_before_the_base_is_loaded(
     with pytest.raises(ConfigError) as caught:
         plan_batch(jobs, base, faults=faults)
     told = str(caught.value).splitlines()
-    assert told[0] == "6 things are wrong with the jobs:"
+    assert told[0] == "7 things are wrong with the jobs:"
     expected = (
         "the adapter is for Stable Diffusion 2",
         "page.safetensors",
@@ -336,8 +361,9 @@ def test_everything_is_checked_before_the_base_is_loaded(
         "",
         "the name ONE.png is that of another picture, of",
         "steps is 0",
+        "predicts epsilon, which says nothing",
     )
-    numbers = [1, 2, 3, 4, 6, 7]
+    numbers = [1, 2, 3, 4, 6, 7, 8]
     for line, number in zip(told[1:], numbers, strict=True):
         assert line.startswith(f"  {path}:{number}: ") and expected[number - 1] in line
 

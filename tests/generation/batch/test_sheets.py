@@ -81,6 +81,17 @@ def test_other_axes_make_planes_with_their_names(tmp_path: Path, said: list[str]
     assert "steps: 5" in said and "adapter: dog" in said
 
 
+def test_sheets_of_an_earlier_run_that_had_more_are_gone(tmp_path: Path) -> None:
+    pictures = [picture(number, ("seed", str(number)), ("steps", "5")) for number in range(3)]
+    files = saved(pictures, tmp_path)
+    assert len(write_grids(pictures, files, Layout("steps", z="seed"), tmp_path)) == 3
+    write_contact_sheets(pictures, files, tmp_path)
+    (tmp_path / "sheets" / "contact-2.png").touch()
+    write_grids(pictures[:1], files, Layout("steps", z="seed"), tmp_path)
+    write_contact_sheets(pictures, files, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["contact-1.png", "grid-1.png"]
+
+
 def test_several_pictures_of_one_cell_are_on_further_planes() -> None:
     pictures = [picture(number, ("steps", "5" if number < 3 else "9")) for number in range(5)]
     found = planes(pictures, Layout("steps"))
