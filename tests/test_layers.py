@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -176,3 +177,9 @@ def test_the_pages_files_see_each_other_relatively():
 def test_the_packages_files_see_each_other_by_full_names():
     inside = [found for found in IMPORTS if found.file.is_relative_to(ROOT / "sdlora")]
     assert [str(found) for found in inside if found.relative] == []
+
+
+def test_every_package_is_installed():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [file.parent.relative_to(ROOT) for file in (ROOT / "sdlora").rglob("__init__.py")]
+    assert declared == sorted(["sdlora.app", *(".".join(folder.parts) for folder in folders)])
