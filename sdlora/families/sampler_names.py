@@ -47,6 +47,9 @@ SAMPLERS: Mapping[str, SamplerTraits] = {
     "DPM++ 2M SDE": SamplerTraits("Exponential", "the same with new noise in every step"),
     "DPM++ 2M SDE Heun": SamplerTraits("Exponential", "the same by another formula of second order"),
     "DPM++ 3M SDE": SamplerTraits("Exponential", "of third order; for many steps, 30 and more", _ANY_BUT_BETA),
+    "DPM++ SDE": SamplerTraits(
+        "Karras", "two evaluations a step, new noise in each; for few steps", begins_at_pure_noise=False
+    ),
     "Euler a": SamplerTraits("Uniform", "new noise in every step; soft, changes with the number of steps"),
     "Euler": SamplerTraits("Uniform", "the simplest (Karras et al. 2022, algorithm 1 without its second order)"),
     "Heun": SamplerTraits(
@@ -57,6 +60,9 @@ SAMPLERS: Mapping[str, SamplerTraits] = {
     ),
     "DPM2 a": SamplerTraits(
         "Karras", "the same with new noise in every step", _ANY_BUT_BETA, begins_at_pure_noise=False
+    ),
+    "LMS": SamplerTraits(
+        "Uniform", "a polynomial through the last four slopes, as k-diffusion has it", begins_at_pure_noise=False
     ),
     "UniPC": SamplerTraits("SGM Uniform", "corrects each step by the next one; for few steps (Zhao et al. 2023)"),
     "DDIM": SamplerTraits("DDIM", "the first quick sampler (Song et al. 2020)", _OF_TIMESTEPS),
@@ -80,23 +86,23 @@ OF_SCHEDULERS: Mapping[str, str] = {
     "DDIMScheduler": "DDIM",
     "DDPMScheduler": "DDPM",
     "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "DPMSolverSDEScheduler": "DPM++ SDE",
     "EulerAncestralDiscreteScheduler": "Euler a",
     "EulerDiscreteScheduler": "Euler",
     "HeunDiscreteScheduler": "Heun",
     "KDPM2AncestralDiscreteScheduler": "DPM2 a",
     "KDPM2DiscreteScheduler": "DPM2",
     "LCMScheduler": "LCM",
+    "LMSDiscreteScheduler": "LMS",
     "PNDMScheduler": "PLMS",
     "UniPCMultistepScheduler": "UniPC",
 }
 """diffusers' scheduler, as bases name theirs -> the sampler that people call it."""
 
 _NEAREST = {
-    "DPM++ SDE": "DPM++ 2M SDE",
-    "DPM++ 2S a": "Euler a",
+    "DPM++ 2S a": "DPM++ SDE",
     "DPM fast": "DPM++ 2M",
     "DPM adaptive": "DPM++ 2M",
-    "LMS": "DPM++ 2M",
     "Restart": "Heun",
     "DDIM CFG++": "DDIM",
     "DEIS": "DPM++ 2M",

@@ -70,6 +70,8 @@ _KINDS = {
     "Heun": _Kind("HeunDiscreteScheduler"),
     "DPM2": _Kind("KDPM2DiscreteScheduler", skips_second_last=True),
     "DPM2 a": _Kind("KDPM2AncestralDiscreteScheduler", skips_second_last=True),
+    "DPM++ SDE": _Kind("DPMSolverSDEScheduler"),
+    "LMS": _Kind("LMSDiscreteScheduler"),
     "UniPC": _Kind("UniPCMultistepScheduler", {"solver_order": 3}, _MULTISTEP),
     "DDIM": _Kind("DDIMScheduler", _DDIM, _LEADING),
     "PLMS": _Kind("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}, _LEADING),
@@ -108,10 +110,19 @@ def schedule_of(made: Any) -> str:
 def _make(base: LoadedBase, name: str, schedule: str, zero_snr: bool) -> Any:
     kind = _KINDS[name]
     settings = {**_of_base(base), **kind.settings, **({"rescale_betas_zero_snr": True} if zero_snr else {})}
-    scheduler: type[Any] = getattr(diffusers, kind.scheduler)
+    scheduler = _scheduler(kind.scheduler)
     if schedule in kind.own:
         return scheduler(**settings, **kind.own[schedule])
     return _on_table(scheduler, settings, _table(schedule, base, kind.skips_second_last))
+
+
+def _scheduler(name: str) -> type[Any]:
+    if name == "DPMSolverSDEScheduler":
+        from sdlora.families.brownian import SeededSdeScheduler  # what it needs is slow to import
+
+        return SeededSdeScheduler
+    found: type[Any] = getattr(diffusers, name)
+    return found
 
 
 def settings_of(made: Any) -> dict[str, Any]:
@@ -153,8 +164,8 @@ def _on_table(scheduler: type[Any], settings: Mapping[str, Any], table: Table) -
     """
     if "use_karras_sigmas" in inspect.signature(scheduler).parameters:
 
-        def levels(self: Any, in_sigmas: Any, num_inference_steps: int) -> np.ndarray:
-            return table(num_inference_steps, sigmas_of(self.alphas_cumprod.numpy()))
+        def levels(self: Any, in_sigmas: Any, num_inference_steps: int = 0) -> np.ndarray:  # some do not tell them
+            return table(num_inference_steps or self.num_inference_steps, sigmas_of(self.alphas_cumprod.numpy()))
 
         return type(scheduler.__name__, (scheduler,), {"_convert_to_karras": levels})(**settings, **_KARRAS)
 

@@ -38,12 +38,12 @@ class CudaGenerator(torch.Generator):
         return super().__new__(cls, device="cpu")  # type: ignore[call-arg]  # torch's has no types of its own
 
     def __init__(self, seed: int) -> None:
-        self.seed_value = seed
+        self.manual_seed(seed)
         self.drawn = 0
 
     def randn(self, shape: Sequence[int]) -> torch.Tensor:
         """Return the next normal numbers, float32."""
-        numbers = cuda_randn(self.seed_value, self.drawn, int(np.prod(shape, dtype=np.int64)))
+        numbers = cuda_randn(self.initial_seed(), self.drawn, int(np.prod(shape, dtype=np.int64)))
         self.drawn += 1
         return torch.from_numpy(numbers).reshape(tuple(shape))
 

@@ -12,6 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
 from sdlora.errors import ConfigError
 from sdlora.families.sampler_names import AUTOMATIC, OF_SCHEDULERS, SAMPLERS
@@ -53,7 +54,7 @@ def sample(sampler, steps: int, x: torch.Tensor) -> torch.Tensor:
     x = x * sampler.init_noise_sigma
     for timestep in sampler.timesteps:
         inputs = sampler.scale_model_input(x, timestep)
-        if type(sampler).__name__.startswith(("Euler", "Heun", "KDPM2")):
+        if type(sampler).__name__.startswith(("Euler", "Heun", "KDPM2", "DPMSolverSDE", "LMS")):
             sigma = ((x[0] / inputs[0]) ** 2 - 1).sqrt()
         elif getattr(sampler, "step_index", None) is not None or hasattr(sampler, "sigmas"):
             sigma = sampler.sigmas[sampler.step_index or 0]
@@ -76,7 +77,7 @@ def test_the_levels_are_the_formulas(make, name, schedule, steps):
     else:
         expected = sigma_table(schedule, steps, training)
     found = sampler.sigmas.numpy()
-    if type(sampler).__name__.startswith(("Heun", "KDPM2")):
+    if type(sampler).__name__.startswith(("Heun", "KDPM2", "DPMSolverSDE")):
         found = np.concatenate([found[:1], found[1::2]])[: steps + 1]
     assert len(found) == steps + 1 and found[-1] == 0
     # Some samplers round to whole timesteps, so that is where they are compared.
@@ -148,6 +149,50 @@ def test_steps_are_the_papers(make, name, schedule, formula):
     levels = [*sigma_table(schedule, count, training)[:10], 0.0]
     first = levels[0] if name != "DPM++ 2M" else math.sqrt(1 + levels[0] ** 2)  # the library starts at a variance of 1
     assert found == pytest.approx(formula(first, levels), rel=2e-3)
+
+
+def dpm_plus_sde(x, levels, noise):
+    """Lu et al. 2022 b, the SDE solver of second order with its one evaluation half way, as k-diffusion has it."""
+
+    def step(x, sigma, following, target):
+        up = min(following, math.sqrt(following**2 * (sigma**2 - following**2) / sigma**2))
+        down = math.sqrt(following**2 - up**2)
+        return down / sigma * x + (1 - down / sigma) * target + up * noise(torch.tensor(sigma), torch.tensor(following))
+
+    for sigma, following in itertools.pairwise(levels):
+        if following == 0:
+            return denoised(x, sigma)
+        middle = math.sqrt(sigma * following)
+        there = step(x, sigma, middle, denoised(x, sigma))
+        x = step(x, sigma, following, denoised(there, middle))
+    return x
+
+
+@pytest.mark.parametrize("schedule", ["Karras", "Simple"])
+@pytest.mark.filterwarnings("ignore:Should have t")
+def test_steps_with_noise_of_a_tree_are_the_papers(make, schedule):
+    sampler, x = make("DPM++ SDE", schedule), torch.ones(1, 4, 2, 2)
+    found = sample(sampler, 6, x)
+    levels = [*sigma_table(schedule, 6, sigmas_of(sampler.alphas_cumprod.numpy())).tolist(), 0.0]
+    noise = BrownianTreeNoiseSampler(x, levels[-2], levels[0], [0])
+    torch.testing.assert_close(
+        found, dpm_plus_sde(x * float(sampler.init_noise_sigma), levels, noise), rtol=2e-3, atol=2e-3
+    )
+
+
+def test_each_picture_of_a_batch_has_its_own_tree(make):
+    sampler = make("DPM++ SDE", "Karras")
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+
+    def stepped(x, generators):
+        sampler.set_timesteps(4)
+        sampler.set_begin_index(0)
+        return sampler.step(0.1 * x, sampler.timesteps[0], x, generator=generators, return_dict=False)[0]
+
+    x = torch.ones(2, 4, 2, 2)
+    both = stepped(x, generators)
+    assert torch.equal(both[1:], stepped(x[1:], generators[1:]))
+    assert not torch.equal(both[0], both[1])
 
 
 @pytest.mark.parametrize(("scheduler", "name"), OF_SCHEDULERS.items())
