@@ -255,13 +255,15 @@ class _Branches:
         """Exactly these branches act, as far as they are here: alike in all rows, or each in rows of its own."""
         self.strengths = {name: value for name, value in strengths.items() if name in self.members and value}
         self.columns = tuple(column for column in columns if column.name in self.members)
-        flat = {column.name: self.members[column.name] for column in self.columns}
-        loras = {name: branch for name, branch in flat.items() if isinstance(branch, _LoraBranch) and branch.is_linear}
-        if len(loras) < 2:
-            loras = {}
-        by_name = {column.name: column.strengths for column in self.columns}
-        self._side_by_side = SideBySide([(loras[name].factors, by_name[name]) for name in loras]) if loras else None
-        self._others = tuple(column for column in self.columns if column.name not in loras)
+        loras = [
+            (column.name, (branch.factors, column.strengths))
+            for column in self.columns
+            if isinstance(branch := self.members[column.name], _LoraBranch) and branch.is_linear
+        ]
+        together = SideBySide([acting for _, acting in loras]) if len(loras) > 1 else None
+        self._side_by_side = together if together and together.is_small else None
+        names = {name for name, _ in loras} if self._side_by_side else ()
+        self._others = tuple(column for column in self.columns if column.name not in names)
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         result = output

@@ -36,7 +36,6 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}; expected 1 or more")
-    file_format(options)
     if options.measure and not options.dry_run:
         raise ConfigError("--measure belongs to --dry-run, which tells what a batch would take")
     ranks = Ranks(on_cpu=options.device == "cpu")
@@ -95,7 +94,7 @@ def _prepare(options: argparse.Namespace, folder: Path, find_adapter: FindAdapte
     grid = [parse_axis(text) for text in options.grid]
     faults = Faults()
     jobs = read_jobs(path, request_values(options), grid, find_adapter, faults)
-    plan = plan_batch(jobs, base_section(options), find_adapter, faults, file_format(options).suffix)
+    plan = plan_batch(jobs, base_section(options), find_adapter, faults, file_format(options))
     layout = None
     if options.xyz is not None:
         layout = parse_layout(options.xyz, plan.pictures)
@@ -121,8 +120,7 @@ def _make(
             batch_size=options.batch_size,
             find_adapter=find_adapter,
             on_batch=view.show,
-            quality=options.quality,
-            lossless=options.lossless,
+            form=file_format(options),
         )
 
 

@@ -1,4 +1,4 @@
-"""The flags by which every command that makes pictures is told where and how its base works."""
+"""The flags by which the commands that make what is asked for are told where and how the base works."""
 
 from __future__ import annotations
 

@@ -1,19 +1,10 @@
-"""The flags by which every command that makes pictures is told what their files are."""
+"""The flags by which the commands that make what is asked for are told what files pictures become."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
 
-from sdlora.generation.pictures import check_compression
-
-
-class FileFormat(NamedTuple):
-    """What files pictures become."""
-
-    suffix: str
-    quality: int | None
-    lossless: bool
+from sdlora.generation.pictures import FileFormat, check_compression
 
 
 def add_format_flags(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,12 @@ from sdlora.cli.format_flags import add_format_flags, file_format
 from sdlora.cli.generate_view import step_bar
 from sdlora.cli.request_flags import add_request_flags, request_values
 from sdlora.errors import ConfigError
+from sdlora.families.registry import declared_prediction
+from sdlora.families.schedule import refuse_pure_noise
 from sdlora.generation.asked import check_pictures
 from sdlora.generation.engine import refuse_foreign_adapters
 from sdlora.generation.picture_names import DEFAULT_TEMPLATE, FIELDS, check_template, picture_path
+from sdlora.generation.pictures import FileFormat
 from sdlora.generation.request import GenerationRequest
 from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable
@@ -30,18 +33,20 @@ def run(arguments: list[str]) -> int:
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}; expected 1 or more")
     check_template(options.name)
-    file_format(options)
+    form = file_format(options)
     folder = Path(options.out).expanduser()
     check_writable(folder)
-    return _generate(options, request, folder)
+    return _generate(options, request, folder, form)
 
 
-def _generate(options: argparse.Namespace, request: GenerationRequest, folder: Path) -> int:
+def _generate(options: argparse.Namespace, request: GenerationRequest, folder: Path, form: FileFormat) -> int:
     base = base_section(options)
+    if request.zero_snr == "on":
+        refuse_pure_noise(declared_prediction(base), base.path)
     refuse_foreign_adapters(base, [choice.path for choice in request.adapters])
     engine = load_engine(options, AdapterLibrary(options.library).path_of)
     before = engine.weights_sha256() if options.verify else ""
-    history, form = History(folder), file_format(options)
+    history = History(folder)
     started = time.perf_counter()
     with step_bar() as on_step:
         pictures = engine.generate(request, batch_size=options.batch_size, on_step=on_step)

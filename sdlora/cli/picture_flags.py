@@ -29,7 +29,7 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     """`parser` takes a flag for each of these settings of a request, with its default."""
     for name, metavar in _FLAGS.items():
         field = GenerationRequest.model_fields[name]
-        options: dict[str, Any] = {"default": field.default, "help": (field.description or "").replace("%", "%%")}
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": (field.description or "").replace("%", "%%")}
         if get_origin(field.annotation) is Literal:
             options["choices"] = get_args(field.annotation)
         else:
@@ -38,6 +38,5 @@ def add_picture_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def picture_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags say that is not said anyway, by the names of a request's settings."""
-    given = {name: getattr(options, name) for name in _FLAGS}
-    return {name: value for name, value in given.items() if value != GenerationRequest.model_fields[name].default}
+    """Return what the flags that were given say, by the names of a request's settings."""
+    return {name: getattr(options, name) for name in _FLAGS if hasattr(options, name)}

@@ -7,10 +7,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sdlora.families.sampler_names import OF_SCHEDULERS
+from sdlora.families.sampler_names import OF_SCHEDULERS, SAMPLERS
 from sdlora.generation.request import Recipe, UsedAdapter
 from sdlora.generation.start_fields import start_fields
 
+_SCHEDULE_SETTINGS = {
+    "use_karras_sigmas": "Karras",
+    "use_exponential_sigmas": "Exponential",
+    "use_beta_sigmas": "Beta",
+}
+"""Settings of diffusers' schedulers -> the schedule that they stand for."""
 _EMPHASES = {"no norm": "No norm", "ignore": "Ignore", "none": "None"}
 """As AUTOMATIC1111 calls them."""
 _NOISE_SOURCES = {"cpu": "CPU", "cuda": "NV"}
@@ -72,8 +78,7 @@ def infotext(recipe: Recipe) -> str:
 
 
 def _fields(recipe: Recipe) -> dict[str, str]:
-    sampler = recipe.sampler or OF_SCHEDULERS.get(recipe.scheduler, recipe.scheduler)
-    fields = {"Steps": str(recipe.steps), "Sampler": sampler}
+    fields = {"Steps": str(recipe.steps), "Sampler": recipe.sampler or _usual_name(recipe)}
     if recipe.schedule:
         fields["Schedule type"] = recipe.schedule
     fields |= {
@@ -94,6 +99,19 @@ def _fields(recipe: Recipe) -> dict[str, str]:
     if recipe.emphasis != "original":
         fields["Emphasis"] = _EMPHASES.get(recipe.emphasis, recipe.emphasis)
     return fields
+
+
+def _usual_name(recipe: Recipe) -> str:
+    """Return what people call the base's own sampler where that name means, by itself, what ran; else the scheduler's."""
+    name, settings = OF_SCHEDULERS.get(recipe.scheduler, ""), recipe.scheduler_config
+    schedules = {schedule for setting, schedule in _SCHEDULE_SETTINGS.items() if settings.get(setting)}
+    spaced = (
+        {schedule for schedule in [SAMPLERS[name].automatic] if schedule in _SCHEDULE_SETTINGS.values()}
+        if name
+        else set()
+    )
+    plain = settings.get("algorithm_type", "dpmsolver++") == "dpmsolver++"
+    return name if name and schedules == spaced and plain else recipe.scheduler
 
 
 def _file_hashes(recipe: Recipe) -> dict[str, str]:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdlora.errors import ConfigError, FormatError, OutputError, first_line
+from sdlora.errors import ConfigError, FormatError, first_line
 from sdlora.generation.infotext import infotext
 from sdlora.generation.picture_names import DEFAULT_TEMPLATE, picture_path
 from sdlora.generation.picture_texts import INFOTEXT, RECIPE, SAVED_AS, exif_with, read_texts, xmp_with
@@ -30,6 +30,17 @@ class Compression:
 
     quality: int = DEFAULT_QUALITY
     lossless: bool = False
+
+
+class FileFormat(NamedTuple):
+    """What files pictures become, as `save_picture` takes it."""
+
+    suffix: str = ".png"
+    quality: int | None = None
+    lossless: bool = False
+
+
+PNG = FileFormat()
 
 
 def png_info(recipe: Recipe) -> PngInfo:
@@ -127,7 +138,7 @@ def _explained(save: Callable[[Path], None], temporary: Path, path: Path) -> Non
         save(temporary)
     except ValueError as error:
         told = _LONGEST_METADATA if "too long" in str(error) else first_line(error)
-        raise OutputError(f"{path}: cannot be written ({told})") from error
+        raise ConfigError(f"{path}: cannot be written ({told})") from error
 
 
 def _sound(text: str) -> str:

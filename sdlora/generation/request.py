@@ -144,12 +144,14 @@ class GenerationRequest(Section):
     @model_validator(mode="after")
     def _nothing_idle(self) -> GenerationRequest:
         """Refuse what does nothing, but where the setting that it belongs to says so itself, as `hires_scale = 1`."""
-        for needed, idle in idle_settings(self.model_dump(exclude_defaults=True)).items():
-            if needed not in self.model_fields_set:
-                does = "do" if len(idle) > 1 else "does"
-                raise ValueError(
-                    f"{' and '.join(idle)} {does} nothing without {needed}; give that too, or leave it out"
-                )
+        idle = idle_settings(self.model_dump(exclude_defaults=True))
+        told = [
+            f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} nothing without {needed}"
+            for needed, names in idle.items()
+            if needed not in self.model_fields_set
+        ]
+        if told:
+            raise ValueError(f"{', '.join(told)}; give that too, or leave it out")
         return self
 
     @model_validator(mode="before")
@@ -179,6 +181,12 @@ class GenerationRequest(Section):
     def _steps_for_the_sampler(self) -> GenerationRequest:
         if self.sampler and self.steps > (most := SAMPLERS[self.sampler].most_steps):
             raise ValueError(f"steps is {self.steps}; the sampler {self.sampler} takes at most {most}")
+        return self
+
+    @model_validator(mode="after")
+    def _beginning_of_the_sampler(self) -> GenerationRequest:
+        if self.zero_snr == "on" and self.sampler and not SAMPLERS[self.sampler].begins_at_pure_noise:
+            raise ValueError(f"zero_snr is 'on'; the sampler {self.sampler} cannot begin at pure noise, use Euler")
         return self
 
     @model_validator(mode="after")

@@ -73,6 +73,27 @@ def test_each_row_equals_the_row_alone(tiny_base, shape, kind):
     assert changed.tolist() == [True, True, False, True, True]
 
 
+def test_several_kinds_act_in_one_layer_and_one_may_go(tiny_base, shape):
+    base = tiny_base(shape)
+    kinds = {"a": "lora", "b": "lora", "c": "loha", "d": "dora"}
+    for seed, (name, kind) in enumerate(kinds.items()):
+        add_adapter(base, name, make_file(base, kind, seed))
+    mixes = [{"a": 1.0, "c": 0.5}, {"b": 0.5}, {"a": -0.5, "b": 0.7, "d": 1.0}, {"d": 1.0}, {"a": 0.3, "b": 0.3}]
+
+    def alone(mixes):
+        for number, mix in enumerate(mixes):
+            set_adapter_weights(base, mix)
+            yield predict(base, slice(number, number + 1))
+
+    expected = torch.cat(list(alone(mixes)))
+    act(base, *mixes)
+    assert (predict(base, slice(5)) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+    remove_adapter(base, "b")
+    found = predict(base, slice(5))
+    expected = torch.cat(list(alone([{name: mix[name] for name in mix if name != "b"} for mix in mixes])))
+    assert (found - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+
+
 @one_family
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 @pytest.mark.parametrize("kind", ["lora", "loha", "dora"])
@@ -124,7 +145,7 @@ def test_a_weight_by_block_equals_an_adapter_without_the_layers_of_the_others(ti
         ((1.0, 0.3, 0.0, 0.0), (0.0, 0.7, 0.0, 1.0)),  # both in one row, none in another
     ],
 )
-@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6)])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6)], ids=str)
 def test_side_by_side_is_the_sum_of_the_products(strengths, shape):
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator)
@@ -136,3 +157,24 @@ def test_side_by_side_is_the_sum_of_the_products(strengths, shape):
             column[row] * lora.scale * lora.up @ lora.down for lora, column in zip(loras, strengths, strict=True)
         )
         torch.testing.assert_close(added[row], inputs[row] @ update.T)
+
+
+def test_strengths_are_not_rounded_to_the_weights_type():
+    lora = Factors(torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16), 1.0)
+    added = SideBySide([(lora, (0.35, 0.0)), (lora, (0.0, 0.35))])
+    inputs = torch.full((2, 1, 1), 32.0, dtype=torch.bfloat16)
+    assert (
+        added(inputs, inputs).flatten().tolist() == [11.1875] * 2
+    )  # 0.35 in bfloat16 is 0.349609, which gives 11.1875 too
+    assert float(added._laid[2][0, 0, 0]) == pytest.approx(0.35, abs=1e-7)
+
+
+def test_rows_that_would_copy_an_adapter_often_are_not_laid_out():
+    lora = Factors(torch.ones(4, 6), torch.ones(5, 4), 1.0)
+
+    def small(*columns):
+        return SideBySide([(lora, column) for column in columns]).is_small
+
+    assert small((1, 1, 0, 0), (0, 0, 1, 1))
+    assert small((1, 1, 1, 1, 1, 1, 0, 0), (0, 0, 0, 0, 0, 0, 1, 1))
+    assert not small((1,) * 14 + (0, 0), (0,) * 14 + (1, 1))

@@ -136,3 +136,23 @@ def test_hostile_texts_are_read_at_once(text):
     started = time.process_time()
     parse_infotext(f"{text}, b: 1, c: 2, d: 3")
     assert time.process_time() - started < 5  # seconds; what grows with the square takes minutes
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "called"),
+    [
+        ("EulerDiscreteScheduler", {}, "Euler"),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "EulerDiscreteScheduler"),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "DPM++ 2M"),
+        ("DPMSolverMultistepScheduler", {}, "DPMSolverMultistepScheduler"),  # A1111's DPM++ 2M would be on Karras'
+        (
+            "DPMSolverMultistepScheduler",
+            {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
+            "DPMSolverMultistepScheduler",
+        ),
+        ("DEISMultistepScheduler", {}, "DEISMultistepScheduler"),
+    ],
+)
+def test_a_bases_own_sampler_is_called_as_people_do_where_that_means_it(recipe, scheduler, settings, called):
+    own = replace(recipe, sampler="", schedule="", scheduler=scheduler, scheduler_config=settings)
+    assert f"Sampler: {called}, CFG scale" in infotext(own)

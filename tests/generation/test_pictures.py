@@ -157,7 +157,7 @@ def test_what_makes_no_sense_is_refused(picture, recipe, tmp_path, name, options
 def test_a_prompt_too_long_for_a_jpeg_is_refused_and_leaves_nothing(picture, recipe, tmp_path):
     long = replace(recipe, prompt="word " * 10_000)
     with pytest.raises(
-        OutputError, match=r"a\.jpg: cannot be written \(the prompt is too long for a JPEG.*save as PNG"
+        ConfigError, match=r"a\.jpg: cannot be written \(the prompt is too long for a JPEG.*save as PNG"
     ):
         save_picture(picture, long, tmp_path / "a.jpg")
     assert list(tmp_path.iterdir()) == []

@@ -41,6 +41,14 @@ def test_defaults():
         ({"prompt": "x", "strength": 0.5}, "strength does nothing without image; give that too, or leave it out"),
         ({"prompt": "x", "hires_steps": 5, "hires_strength": 0.5}, "hires_steps and hires_strength do nothing without"),
         ({"prompt": "x", "image": "a.png", "mask_blur": 2}, "mask_blur does nothing without mask"),
+        (
+            {"prompt": "x", "strength": 0.5, "hires_steps": 5},
+            "without image, hires_steps does nothing without hires_scale",
+        ),
+        (
+            {"prompt": "x", "zero_snr": "on", "sampler": "Heun"},
+            "the sampler Heun cannot begin at pure noise, use Euler",
+        ),
     ],
 )
 def test_a_wrong_request_is_refused_in_one_sentence(values, sentence):

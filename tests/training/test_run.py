@@ -67,7 +67,6 @@ def test_the_adapter_learns_its_pictures(configure: Any) -> None:
     assert result.effect.noticeable and result.effect.delta_share > 0
 
 
-@one_family
 def test_same_seed_same_adapter_other_seed_another(configure: Any, tmp_path: Path) -> None:
     hashes = [
         sha256_of_tensor_data(train(configure(output__folder=str(tmp_path / name), training__seed=seed)).adapter)

@@ -74,7 +74,6 @@ def test_new_words_go_with_each_format(configure: Any, formats: tuple[str, ...],
 
 
 @pytest.mark.parametrize("level", ["minimal", "none"])
-@one_family
 def test_no_more_text_is_saved_than_was_asked_for(configure: Any, level: str) -> None:
     config = configure(output__metadata=level, output__formats=EVERY, output__save_every_steps=4)
     result = train(config)

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdlora.config.section import is_file_stem
 from sdlora.errors import ConfigError
@@ -108,22 +108,44 @@ def kept(defaults: Iterable[str], said: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(defaults) - taken - said.keys()
 
 
-def request_values(values: Mapping[str, Any], defaults: Collection[str] = ()) -> tuple[dict[str, Any], str, list[str]]:
-    """Return the values of the request that a job's values make, the name of its file, "" for any, and what is wrong.
+class Read(NamedTuple):
+    """What a job's values make."""
 
-    Of values that are `defaults`, those that do nothing for this job count as not given, and a weight is that of adapters
-    that name none. Size, adapters, weight and name are checked here; the rest is the request's to check.
+    request: dict[str, Any]
+    name: str
+    """Of its file, "" for any."""
+    problems: list[str]
+    idle: set[str]
+    """The defaults that do nothing for it."""
+
+
+def read_values(values: Mapping[str, Any], defaults: Collection[str] = ()) -> Read:
+    """Return what the values make, some of which are defaults: of these, what does nothing for this job is left out.
+
+    A default weight is that of adapters that name none. Size, adapters, weight and name are checked here; the rest is
+    the request's to check.
     """
-    idle = {name for names in idle_settings(values).values() for name in names}.intersection(defaults)
-    made = {field: value for field, value in values.items() if field not in BESIDE_REQUEST and field not in idle}
+    idle = _idle(values, defaults)
+    left = {field: value for field, value in values.items() if field not in idle}
+    made = {field: value for field, value in left.items() if field not in BESIDE_REQUEST}
     problems = []
     take_adapters = functools.partial(_take_adapters, weight_is_default="weight" in defaults)
     for take in (_take_seed, _take_size, take_adapters, _check_name):
         try:
-            take(values, made)
+            take(left, made)
         except ConfigError as error:
             problems.append(str(error))
-    return made, str(values.get("name", "")), problems
+    return Read(made, str(values.get("name", "")), problems, idle)
+
+
+def _idle(values: Mapping[str, Any], defaults: Collection[str]) -> set[str]:
+    """Return the defaults that do nothing beside the other values."""
+    idle = {"mask"} if not values.get("image") else {"hires_scale"}
+    if not values.get("adapters"):
+        idle.add("weight")
+    left = {name: value for name, value in values.items() if name not in idle.intersection(defaults)}
+    idle.update(name for names in idle_settings(left).values() for name in names)
+    return idle.intersection(defaults, values)
 
 
 def name_parts(name: str) -> tuple[str, str]:
@@ -156,7 +178,7 @@ def _take_adapters(values: Mapping[str, Any], made: dict[str, Any], weight_is_de
     """The request has the job's adapters, each with the job's weight where it gives one."""
     made.pop("adapters", None)
     adapters = _adapters(values["adapters"]) if "adapters" in values else None
-    if "weight" in values and (adapters is not None or not weight_is_default):
+    if "weight" in values:
         if adapters is None:
             raise ConfigError(f"weight is {values['weight']!r} but no adapter is named")
         own = {"weight": values["weight"]}

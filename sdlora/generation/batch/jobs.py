@@ -13,7 +13,7 @@ from sdlora.generation.asked import FindAdapter
 from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.grid import MOST_PICTURES, Axis, Point, grid_points, product_size, refuse_doubles
 from sdlora.generation.batch.job_draft import Draft
-from sdlora.generation.batch.job_fields import files_of, request_values
+from sdlora.generation.batch.job_fields import Read, files_of, read_values
 from sdlora.generation.batch.jobs_tables import read_csv_jobs, read_jsonl_jobs
 from sdlora.generation.batch.jobs_text import read_text_jobs
 from sdlora.generation.batch.jobs_toml import read_toml_jobs
@@ -65,12 +65,17 @@ def read_jobs(
     folder = path.parent if path else Path()
     find = _adapter_finder(folder, find_adapter)
     jobs: list[Job] = []
+    defaults_used: dict[str, bool] = {}
     for draft in drafts:
         left = draft.defaults.difference(axis.field for axis in grid)
         with told.of(draft.where):
             for values, point in grid_points(together, draft.values):
                 with told.of(draft.where):
-                    jobs.append(_job(Draft(draft.where, values, (*draft.point, *point), left), folder, find))
+                    read = read_values(values, left)
+                    defaults_used |= {name: defaults_used.get(name, False) or name not in read.idle for name in left}
+                    jobs.append(_job(Draft(draft.where, values, (*draft.point, *point), left), read, folder, find))
+    for name in (name for name, used in defaults_used.items() if not used):
+        told.tell(str(path or COMMAND_LINE), f"the default {name} does nothing for any job; leave it out")
     what = str(path) if path else "what is asked for"
     if faults is None or not jobs:
         told.raise_all(what)
@@ -91,9 +96,9 @@ def _drafts(path: Path | None, defaults: Mapping[str, Any], faults: Faults) -> I
     yield from (draft.on(defaults) for draft in reader(path, faults))
 
 
-def _job(draft: Draft, folder: Path, find: Callable[[str], str]) -> Job:
+def _job(draft: Draft, read: Read, folder: Path, find: Callable[[str], str]) -> Job:
     """Return the checked job. Raises one ConfigError for all that is wrong with it."""
-    made, name, problems = request_values(draft.values, draft.defaults)
+    made, problems = read.request, read.problems
     for adapter in made.get("adapters", ()):
         try:
             if "path" in adapter:
@@ -107,7 +112,7 @@ def _job(draft: Draft, folder: Path, find: Callable[[str], str]) -> Job:
         problems.append(str(error).removeprefix(f"{draft.where}: "))
     if problems:
         raise ConfigError("; ".join(problems))
-    return Job(draft.where, request, name, draft.point)
+    return Job(draft.where, request, read.name, draft.point)
 
 
 def _seen_from(folder: Path, name: str) -> str:

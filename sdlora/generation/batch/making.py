@@ -34,7 +34,7 @@ from sdlora.generation.batch.plan import (
 )
 from sdlora.generation.batches import Likeness, likeness
 from sdlora.generation.engine import Engine
-from sdlora.generation.pictures import SUFFIXES, read_recipe, save_picture
+from sdlora.generation.pictures import PNG, SUFFIXES, FileFormat, read_recipe, save_picture
 from sdlora.generation.request import Recipe
 
 _LEFT_BEHIND_SECONDS = 60.0
@@ -161,12 +161,9 @@ def make_pictures(
     batch_size: int,
     find_adapter: FindAdapter | None = None,
     on_batch: OnBatch | None = None,
-    quality: int | None = None,
-    lossless: bool = False,
+    form: FileFormat = PNG,
 ) -> BatchProgress:
     """Make the pictures and return how that went. Each file is there whole, and then its line in the manifest.
-
-    `quality` and `lossless` are those of `save_picture`.
 
     A picture that cannot be made gets a line that says why, and the others go on. Raises OutputError where
     nothing can be written.
@@ -180,20 +177,28 @@ def make_pictures(
         results = _make(engine, batch)
         seconds = (time.perf_counter() - begun) / len(batch)
         for picture, result in zip(batch, results, strict=True):
-            if isinstance(result, str):
-                manifest.failed(_told(picture), result)
+            why = result if isinstance(result, str) else _save(picture, *result, folder, form)
+            if why or isinstance(result, str):
+                manifest.failed(_told(picture), why)
                 failed += 1
             else:
-                image, recipe = result
-                path = folder / picture.file
-                save_picture(image, recipe, path, quality=quality, lossless=lossless, replace=True)
-                manifest.made({**_told(picture), "seconds": round(seconds, 4), "cost": picture.cost}, recipe)
+                manifest.made({**_told(picture), "seconds": round(seconds, 4), "cost": picture.cost}, result[1])
                 done += 1
         work += sum(picture.cost for picture in batch)
         progress = BatchProgress(done, failed, len(pictures), time.perf_counter() - started, work / total)
         if on_batch:
             on_batch(progress)
     return progress
+
+
+def _save(picture: Picture, image: Image.Image, recipe: Recipe, folder: Path, form: FileFormat) -> str:
+    """The picture is in its file; returns "", or why its format cannot hold it."""
+    try:
+        path = folder / picture.file
+        save_picture(image, recipe, path, quality=form.quality, lossless=form.lossless, replace=True)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def full_batches(

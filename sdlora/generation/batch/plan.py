@@ -28,8 +28,8 @@ from sdlora.generation.batch.grid import Point
 from sdlora.generation.batch.job_fields import FILES, files_of, name_parts
 from sdlora.generation.batch.jobs import Job
 from sdlora.generation.batches import neighbours
-from sdlora.generation.pictures import SUFFIXES
-from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter
+from sdlora.generation.pictures import PNG, SUFFIXES, FileFormat
+from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, idle_settings
 from sdlora.generation.source import work_size
 from sdlora.storage import past_devices, sha256_of_file, user_path
 
@@ -39,6 +39,7 @@ _TOLD_BY_RECIPES = ("steps", "guidance_scale", "guidance_rescale", "emphasis", "
 """Settings that recipes have under the same names."""
 _BASE_SETTINGS = ("precision", "quantize", "prediction")
 _ID_DIGITS = 8
+_FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,17 @@ def plan_batch(
     base: BaseSection,
     find_adapter: FindAdapter | None = None,
     faults: Faults | None = None,
-    suffix: str = ".png",
+    form: FileFormat = PNG,
 ) -> BatchPlan:
-    """Return every picture of the jobs, with a name of its own that ends so.
+    """Return every picture of the jobs, with a name of its own.
 
     Nothing is loaded: families are told from headers, contents by their hashes. Raises one ConfigError for all tags and
-    files that name no adapter, adapters of another family, folders of wildcards that cannot be read, and names that
-    two jobs have, and for the `faults` that were found before; ModelError where the base is none.
+    files that name no adapter, adapters of another family, folders of wildcards that cannot be read, names that two jobs
+    have or that end as another format, and schedules that the base cannot begin, and for the `faults` that were found before;
+    ModelError where the base is none.
     """
     family = family_of(find_base(base))
-    planner = _Planner(base, family, find_adapter, suffix)
+    planner = _Planner(base, family, find_adapter, form)
     faults = faults or Faults()
     pictures: list[Picture] = []
     for job in jobs:
@@ -106,14 +108,16 @@ def plan_batch(
 class _Planner:
     """Knows what all pictures of a batch share, each file read once."""
 
-    def __init__(self, base: BaseSection, family: FamilyTraits, find_adapter: FindAdapter | None, suffix: str) -> None:
+    def __init__(
+        self, base: BaseSection, family: FamilyTraits, find_adapter: FindAdapter | None, form: FileFormat
+    ) -> None:
         self.base_sha256 = section_sha256(base)
         self.side = usual_side(base)
         self._predicts = declared_prediction(base)
         self.read = functools.cache(read_folder)
         self._find_adapter = find_adapter
         self._base_name = base.path
-        self._suffix = suffix
+        self._form = form
         self._family = family
         self._shared = {"base": self.base_sha256, **{name: getattr(base, name) for name in _BASE_SETTINGS}}
         self._hash_of = functools.cache(self._checked_hash)
@@ -131,17 +135,19 @@ class _Planner:
             "seed": asked.seed,
             "adapters": [self._acting(choice) for choice in asked.adapters],
             **({"name": name_parts(job.name)[0]} if job.name else {}),
-            **({"suffix": self._suffix} if self._suffix != ".png" else {}),
+            **({"format": list(self._form)} if self._form != PNG else {}),
         }
         identity = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         single = job.request.model_copy(update={"seed": asked.seed, "count": 1})
-        file = _file_name(job, asked, number, identity, self._suffix)
+        file = _file_name(job, asked, number, identity, self._form.suffix)
         work, pixels = _work(asked, self.side)
         return Picture(identity, file, single, job.where, job.point, work * (2 if asked.guided else 1), pixels)
 
     def _settings(self, request: GenerationRequest) -> Mapping[str, Any]:
         """Return the settings that are not as they are unsaid, so that a setting of a later version changes no identity."""
-        values = request.model_dump(exclude_defaults=True, exclude=set(_NOT_THE_PICTURES))
+        given = request.model_dump(exclude_defaults=True, exclude=set(_NOT_THE_PICTURES))
+        idle = {name for names in idle_settings(given).values() for name in names}
+        values = {name: value for name, value in given.items() if name not in idle}
         return {**values, **{name: self._file_hash(file) for name, file in files_of(values).items()}}
 
     def _acting(self, choice: AdapterChoice) -> list[Any]:
@@ -177,7 +183,7 @@ def _file_name(job: Job, asked: Asked, number: int, identity: str, suffix: str) 
         named, own = name_parts(job.name)
         if own and SUFFIXES[own] != SUFFIXES[suffix]:
             raise ConfigError(
-                f"name is {job.name[:80]!r}, but the pictures of this batch are {suffix} files; give --format {own[1:]}, or "
+                f"name is {job.name[:80]!r}, but the pictures of this batch are {suffix} files; give --format {_FORMATS[SUFFIXES[own]]}, or "
                 "leave the suffix out"
             )
         seed = f"-{asked.seed}" if job.request.count > 1 else ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from sdlora.errors import PICTURE_DAMAGE, ConfigError
+from sdlora.errors import PICTURE_DAMAGE, ConfigError, OutputError
 from sdlora.generation.batch.grid import label
 from sdlora.generation.batch.job_fields import SHEETS, field_of, name_parts
 from sdlora.generation.batch.plan import Picture
@@ -186,10 +187,18 @@ def write_contact_sheets(pictures: Sequence[Picture], files: Mapping[str, str], 
     return paths
 
 
-def _drop_older(folder: Path, kind: str, count: int) -> None:
-    """Sheets that an earlier run numbered higher than this one's are gone."""
-    while (path := folder / SHEETS / f"{kind}-{(count := count + 1)}.png").is_file():
-        path.unlink()
+def _drop_older(folder: Path, kind: str, written: int) -> None:
+    """Where sheets were written, those that an earlier run numbered higher are gone."""
+    for number in itertools.count(written + 1) if written else ():
+        path = folder / SHEETS / f"{kind}-{number}.png"
+        if not path.is_file():
+            break
+        try:
+            path.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"{path}: is of an earlier run and cannot be removed ({error.strerror or error})"
+            ) from error
 
 
 def _draw_contact(pictures: Sequence[Picture], files: Mapping[str, str], folder: Path) -> Image.Image:

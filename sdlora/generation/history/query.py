@@ -84,6 +84,9 @@ def selection(query: HistoryQuery) -> Selection:
         conditions.append(condition)
         values.extend(more)
 
+    def of_picture(condition: str) -> str:
+        return f"{number} IN (SELECT id FROM pictures WHERE {condition})" if by_words else condition
+
     for column, word in anywhere:
         add(f"instr({column}, ?) > 0", word)
     if words and not by_words:
@@ -93,15 +96,18 @@ def selection(query: HistoryQuery) -> Selection:
         add(f"{number} IN (SELECT picture FROM uses WHERE adapter IN (SELECT id FROM adapters WHERE {named}))", *told)
     if query.base:
         named, told = _named(query.base, ("sha256",))
-        add(f"{number} IN (SELECT id FROM pictures WHERE base IN (SELECT id FROM bases WHERE {named}))", *told)
+        add(of_picture(f"base IN (SELECT id FROM bases WHERE {named})"), *told)
     if query.seed is not None:
-        add(f"{number} IN (SELECT id FROM pictures WHERE seed = ?)", str(query.seed))
+        add(of_picture("seed = ?"), str(query.seed))
     for moment, comparison in ((query.since, ">="), (query.until, "<=")):
         if moment is not None:
             add(f"{order} {comparison} ?", _nanoseconds(moment))
     if query.rating is not None:
-        rated = "SELECT pictures.id FROM ratings CROSS JOIN pictures USING (identity) WHERE stars >= ?"
-        add(f"{number} {'' if query.rating else 'NOT '}IN ({rated})", query.rating or 1)
+        rated = "IN (SELECT identity FROM ratings WHERE stars >= ?)"
+        if query.rating:
+            add(of_picture(f"identity {rated}"), query.rating)
+        else:
+            add(f"NOT {of_picture(f'identity {rated}')}", 1)
     chosen = f"SELECT {order} FROM {table} WHERE {' AND '.join(conditions)} ORDER BY {order} DESC LIMIT ? OFFSET ?"
     sql = (
         "SELECT place, id, facts, (SELECT stars FROM ratings WHERE ratings.identity = pictures.identity) "

@@ -81,17 +81,22 @@ def test_what_a_job_says_of_its_size_counts(tmp_path, text):
     assert (job.request.width, job.request.height) == (128, 64)
 
 
-def test_defaults_that_do_nothing_for_a_job_are_left_out_and_what_a_job_says_is_refused(tmp_path):
-    text = '[defaults]\nstrength = 0.5\n[[jobs]]\nprompt = "a"\n[[jobs]]\nprompt = "b"\nimage = "x.png"'
-    jobs = read_jobs(write(tmp_path, "jobs.toml", text), {"hires_steps": 3, "mask_blur": 2.0})
-    assert said(jobs, "image", "strength", "hires_steps", "mask_blur") == [("", 0.75, 0, 4.0), ("x.png", 0.5, 0, 4.0)]
-    path = write(tmp_path, "jobs.txt", "a --strength 0.5\nb\nc --hires_scale 1 --hires_steps 3")
-    told = problem(path, defaults={"strength": 0.5})
-    assert "jobs.txt:1: strength does nothing without image; give that too, or leave it out" in told
-    assert "jobs.txt:2" not in told and "jobs.txt:3" not in told
-    assert "hires_steps does nothing without hires_scale" in problem(None, defaults={"prompt": "a", "hires_steps": 3})
+def test_defaults_that_do_nothing_for_a_job_are_left_out(tmp_path):
+    text = '[defaults]\nstrength = 0.5\nmask = "m.png"\n[[jobs]]\nprompt = "a"\n[[jobs]]\nprompt = "b"\nimage = "x.png"'
+    jobs = read_jobs(write(tmp_path, "jobs.toml", text), {"hires_scale": 2, "hires_steps": 3, "mask_blur": 2.0})
+    assert said(jobs, "image", "mask", "strength", "mask_blur") == [("", "", 0.75, 4.0), ("x.png", "m.png", 0.5, 2.0)]
+    assert said(jobs, "hires_scale", "hires_steps") == [(2, 3), (1, 0)]
     grid = [parse_axis("hires_scale=1,2")]
     assert said(read_jobs(None, {"prompt": "a", "hires_steps": 3}, grid), "hires_steps") == [(3,), (3,)]
+
+
+def test_what_a_job_says_or_no_job_takes_is_refused_where_it_does_nothing(tmp_path):
+    path = write(tmp_path, "jobs.txt", "a --strength 0.5\nb\nc --hires_scale 1 --hires_steps 3")
+    told = problem(path, defaults={"weight": 0.5})
+    assert "jobs.txt:1: strength does nothing without image; give that too, or leave it out" in told
+    assert "jobs.txt: the default weight does nothing for any job; leave it out" in told
+    assert "jobs.txt:2" not in told and "jobs.txt:3" not in told
+    assert "hires_steps does nothing without hires_scale" in problem(None, defaults={"prompt": "a", "hires_steps": 3})
     axis = [parse_axis("strength=0.2,0.4")]
     assert "strength does nothing" in problem(None, defaults={"prompt": "a"}, grid=axis)
 

@@ -30,7 +30,7 @@ from sdlora.generation.batch.plan import BatchPlan, Picture, plan_batch
 from sdlora.generation.batch.ranks import deal
 from sdlora.generation.batch.rate import measured_rate
 from sdlora.generation.engine import Engine
-from sdlora.generation.pictures import read_recipe
+from sdlora.generation.pictures import FileFormat, read_recipe
 from sdlora.generation.request import make_request
 
 
@@ -209,9 +209,15 @@ def test_halves_of_files_that_a_kill_left_are_cleared_away(base: BaseSection, tm
 @pytest.mark.parametrize("shape", ["sd1"])
 def test_pictures_of_a_batch_may_be_webp(base: BaseSection, engine: Engine, tmp_path: Path) -> None:
     jobs = read_jobs(None, {"prompt": "a ball", "steps": 1, "count": 2, "name": "cats/one.webp"})
-    plan, png = plan_batch(jobs, base, suffix=".webp"), plan_batch([replace(job, name="") for job in jobs], base)
+    plan, png = (
+        plan_batch(jobs, base, form=FileFormat(".webp", lossless=True)),
+        plan_batch([replace(job, name="") for job in jobs], base),
+    )
     assert [picture.file for picture in plan.pictures] == ["cats/one-0.webp", "cats/one-1.webp"]
-    assert run(engine, plan, tmp_path, lossless=True) == ["cats/one-0.webp", "cats/one-1.webp"]
+    assert run(engine, plan, tmp_path, form=FileFormat(".webp", lossless=True)) == [
+        "cats/one-0.webp",
+        "cats/one-1.webp",
+    ]
     assert read_recipe(tmp_path / "cats" / "one-1.webp").seed == 1
     run(engine, png, tmp_path / "png")
     assert pixels(tmp_path / "cats" / "one-1.webp") == pixels(tmp_path / "png" / png.pictures[1].file)
@@ -222,7 +228,29 @@ def test_pictures_of_a_batch_may_be_webp(base: BaseSection, engine: Engine, tmp_
     with pytest.raises(
         ConfigError, match=r"one\.webp', but the pictures of this batch are \.jpg files; give --format webp"
     ):
-        plan_batch(jobs, base, suffix=".jpg")
+        plan_batch(jobs, base, form=FileFormat(".jpg"))
+    with pytest.raises(ConfigError, match="give --format jpg"):
+        plan_batch(read_jobs(None, {"prompt": "a", "name": "one.jpeg"}), base)
+
+
+@pytest.mark.parametrize("shape", ["sd1"])
+def test_a_picture_that_its_format_cannot_hold_fails_alone(base: BaseSection, engine: Engine, tmp_path: Path) -> None:
+    prompts = ("a ball", "\u732b" * 11_500, "a box")
+    jobs = [job for prompt in prompts for job in read_jobs(None, {"prompt": prompt, "steps": 1})]
+    form = FileFormat(".jpg", 80)
+    plan = plan_batch(jobs, base, form=form)
+    made = make_pictures(engine, plan.pictures, tmp_path, ManifestWriter(tmp_path / NAME), batch_size=1, form=form)
+    assert (made.done, made.failed) == (2, 1)
+    assert "the prompt is too long for a JPEG" in manifest(tmp_path)[1]["failed"]
+    other = plan_batch(jobs, base, form=FileFormat(".jpg", 90))
+    assert len(standing(other, tmp_path).pending) == 3  # another quality is another file
+
+
+@pytest.mark.parametrize("shape", ["sd1"])
+def test_idle_settings_of_a_second_pass_say_nothing_of_a_picture(base: BaseSection, tmp_path: Path) -> None:
+    values = {"hires_scale": 1, "hires_upscaler": "gone.safetensors", "hires_steps": 3}
+    (idle,), (plain,) = (plan_of(base, line, folder=tmp_path).pictures for line in (values, {"hires_scale": 1}))
+    assert idle.identity == plain.identity
 
 
 @pytest.mark.parametrize("shape", ["sd1"])
