@@ -81,7 +81,7 @@ def test_ctrl_c_ends_it_with_one_line_and_nothing_half_written(usual: list[str],
     assert "00000-x.png" in running.stdout.readline()  # the next one is on its way
     time.sleep(0.2)
     running.send_signal(signal.SIGINT)
-    _, error = running.communicate(timeout=60)
+    _, error = running.communicate(timeout=180)
     assert running.returncode == 130
     assert error == "interrupted\n"
     names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
@@ -104,6 +104,6 @@ def test_a_terminal_shows_steps_and_the_time_left(usual: list[str]) -> None:
         except OSError:  # the terminal's other end is closed
             break
     os.close(master)
-    assert running.wait(timeout=60) == 0
+    assert running.wait(timeout=180) == 0
     assert b"picture 1 of 2, step " in said and b" of 31" in said and b"0:00:0" in said
     assert b"00001-x.png" in said
