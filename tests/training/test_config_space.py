@@ -297,7 +297,7 @@ def trains_or_is_refused(drawn: dict[str, Any], base: Path, pictures: Path, runs
 
 def _filled_by(config: TrainConfig) -> list[str]:
     """What may be refused because the preset has other values for this family."""
-    return [] if config.preset == "none" else ["optimizer.", "training.", "objective."]
+    return [] if config.preset == "none" else ["optimizer.", "training.", "objective.", "adapter.text_encoder = true"]
 
 
 _WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)  # each try is a run
