@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from sdlora.generation.pictures import FileFormat, check_compression
+from sdlora.generation.pictures import FORMATS, FileFormat, check_compression
 
 
 def add_format_flags(parser: argparse.ArgumentParser) -> None:
     """The parser knows the flags."""
-    parser.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="png keeps every bit")
+    parser.add_argument("--format", choices=tuple(FORMATS.values()), default="png", help="png keeps every bit")
     parser.add_argument("--quality", type=int, default=None, help="of jpg and webp, 1 to 100 (default: 90)")
     parser.add_argument("--lossless", action="store_true", help="a webp that keeps every bit")
 

@@ -266,11 +266,9 @@ def section_sha256(section: BaseSection) -> str:
 
 def declared_prediction(section: BaseSection) -> Prediction | None:
     """Return what the base says that it predicts, without loading it; None where it does not say."""
-    return (
-        section.prediction
-        if section.prediction != "auto"
-        else detect_base(find_base(section), section.variant).prediction
-    )
+    if section.prediction != "auto":
+        return section.prediction
+    return detect_base(find_base(section), section.variant).prediction
 
 
 def usual_side(section: BaseSection) -> int:

@@ -103,15 +103,13 @@ def _fields(recipe: Recipe) -> dict[str, str]:
 
 def _usual_name(recipe: Recipe) -> str:
     """Return what people call the base's own sampler where that name means, by itself, what ran; else the scheduler's."""
-    name, settings = OF_SCHEDULERS.get(recipe.scheduler, ""), recipe.scheduler_config
-    schedules = {schedule for setting, schedule in _SCHEDULE_SETTINGS.items() if settings.get(setting)}
-    spaced = (
-        {schedule for schedule in [SAMPLERS[name].automatic] if schedule in _SCHEDULE_SETTINGS.values()}
-        if name
-        else set()
-    )
-    plain = settings.get("algorithm_type", "dpmsolver++") == "dpmsolver++"
-    return name if name and schedules == spaced and plain else recipe.scheduler
+    name, settings = OF_SCHEDULERS.get(recipe.scheduler), recipe.scheduler_config
+    if name is None or settings.get("algorithm_type", "dpmsolver++") != "dpmsolver++":
+        return recipe.scheduler
+    ran = next((schedule for setting, schedule in _SCHEDULE_SETTINGS.items() if settings.get(setting)), "")
+    usual = SAMPLERS[name].automatic
+    meant = usual if usual in _SCHEDULE_SETTINGS.values() else ""
+    return name if ran == meant else recipe.scheduler
 
 
 def _file_hashes(recipe: Recipe) -> dict[str, str]:

@@ -20,6 +20,8 @@ from sdlora.generation.request import Recipe
 from sdlora.storage import atomic_path, user_path, write_new
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+"""Pillow's name of a format -> what it is asked for by."""
 DEFAULT_QUALITY = 90
 _LONGEST_METADATA = "the prompt is too long for a JPEG, which holds 64 KB of text; save as PNG or WebP"
 

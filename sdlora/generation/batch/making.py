@@ -177,12 +177,12 @@ def make_pictures(
         results = _make(engine, batch)
         seconds = (time.perf_counter() - begun) / len(batch)
         for picture, result in zip(batch, results, strict=True):
-            why = result if isinstance(result, str) else _save(picture, *result, folder, form)
-            if why or isinstance(result, str):
-                manifest.failed(_told(picture), why)
+            kept = result if isinstance(result, str) else _kept(picture, *result, folder, form)
+            if isinstance(kept, str):
+                manifest.failed(_told(picture), kept)
                 failed += 1
             else:
-                manifest.made({**_told(picture), "seconds": round(seconds, 4), "cost": picture.cost}, result[1])
+                manifest.made({**_told(picture), "seconds": round(seconds, 4), "cost": picture.cost}, kept)
                 done += 1
         work += sum(picture.cost for picture in batch)
         progress = BatchProgress(done, failed, len(pictures), time.perf_counter() - started, work / total)
@@ -191,14 +191,14 @@ def make_pictures(
     return progress
 
 
-def _save(picture: Picture, image: Image.Image, recipe: Recipe, folder: Path, form: FileFormat) -> str:
-    """The picture is in its file; returns "", or why its format cannot hold it."""
+def _kept(picture: Picture, image: Image.Image, recipe: Recipe, folder: Path, form: FileFormat) -> Recipe | str:
+    """Return the recipe of the picture, which is in its file then, or why its format cannot hold it."""
     try:
         path = folder / picture.file
         save_picture(image, recipe, path, quality=form.quality, lossless=form.lossless, replace=True)
     except ConfigError as error:
         return str(error)
-    return ""
+    return recipe
 
 
 def full_batches(

@@ -28,7 +28,7 @@ from sdlora.generation.batch.grid import Point
 from sdlora.generation.batch.job_fields import FILES, files_of, name_parts
 from sdlora.generation.batch.jobs import Job
 from sdlora.generation.batches import neighbours
-from sdlora.generation.pictures import PNG, SUFFIXES, FileFormat
+from sdlora.generation.pictures import FORMATS, PNG, SUFFIXES, FileFormat
 from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, idle_settings
 from sdlora.generation.source import work_size
 from sdlora.storage import past_devices, sha256_of_file, user_path
@@ -39,7 +39,6 @@ _TOLD_BY_RECIPES = ("steps", "guidance_scale", "guidance_rescale", "emphasis", "
 """Settings that recipes have under the same names."""
 _BASE_SETTINGS = ("precision", "quantize", "prediction")
 _ID_DIGITS = 8
-_FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def _file_name(job: Job, asked: Asked, number: int, identity: str, suffix: str) 
         named, own = name_parts(job.name)
         if own and SUFFIXES[own] != SUFFIXES[suffix]:
             raise ConfigError(
-                f"name is {job.name[:80]!r}, but the pictures of this batch are {suffix} files; give --format {_FORMATS[SUFFIXES[own]]}, or "
+                f"name is {job.name[:80]!r}, but the pictures of this batch are {suffix} files; give --format {FORMATS[SUFFIXES[own]]}, or "
                 "leave the suffix out"
             )
         seed = f"-{asked.seed}" if job.request.count > 1 else ""
