@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
@@ -54,8 +55,13 @@ def recipe_of(
         hires=asked.hires.used if asked.hires else None,
         vae_tiling=tiled,
         notes=tuple(notes),
-        versions={name: importlib.metadata.version(name) for name in ("sdlora", "torch", "diffusers", "peft")},
+        versions=dict(_versions()),
     )
+
+
+@functools.cache  # reading them takes as long as some steps of a small model
+def _versions() -> Mapping[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("sdlora", "torch", "diffusers", "peft")}
 
 
 def _plain_settings(config: Mapping[str, Any]) -> dict[str, Any]:
