@@ -9,7 +9,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["SDLORA_CACHE"] = os.devnull + "/none"  # nothing of the user's is read or written, see fresh_cache
 
-import copy
 import itertools
 import socket
 from collections.abc import Callable, Iterator
@@ -97,24 +96,26 @@ def shape() -> str:
 
 @pytest.fixture(scope="session")
 def loaded_bases() -> dict[str, Any]:
-    """What `tiny_base` has loaded."""
+    """What `tiny_base` has loaded, and how its parts are copied."""
     return {}
 
 
 @pytest.fixture
 def tiny_base(tiny_folder, loaded_bases, shape):
-    """`tiny_base(shape)`: that base as freshly loaded on the CPU in float32; a copy, which takes a third of the time."""
+    """`tiny_base(shape)`: that base as freshly loaded on the CPU in float32; a copy, which takes a tenth of the time."""
+    from copier import copier
+
     from sdlora.config import BaseSection
     from sdlora.families.registry import load_base
 
     def base(wanted: str = shape):
         if wanted not in loaded_bases:
             section = BaseSection(path=str(tiny_folder(wanted)), precision="fp32")
-            loaded_bases[wanted] = load_base(section, "cpu")
-        loaded = loaded_bases[wanted]
-        copied = ("unet", "vae", "text_encoders", "scheduler", "sampler_config", "words")
-        parts = {name: copy.deepcopy(getattr(loaded, name)) for name in copied}
-        return replace(loaded, tokenizers=dict(loaded.tokenizers), **parts)
+            loaded = load_base(section, "cpu")
+            copied = ("unet", "vae", "text_encoders", "scheduler", "sampler_config", "words")
+            loaded_bases[wanted] = loaded, copier({name: getattr(loaded, name) for name in copied})
+        loaded, fresh_parts = loaded_bases[wanted]
+        return replace(loaded, tokenizers=dict(loaded.tokenizers), **fresh_parts())
 
     return base
 

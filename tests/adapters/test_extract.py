@@ -37,22 +37,22 @@ def pair(tiny_folder, checkpoints, tiny_base, make_adapter, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_the_adapter_comes_out_again_whatever_the_layouts(pair, tmp_path, family):
-    adapter, original, tuned = pair(family)
+def test_the_adapter_comes_out_again_whatever_the_layouts(pair, tmp_path, shape):
+    adapter, original, tuned = pair(shape)
     found = extract(original, tuned, SETTINGS, tmp_path / "work")
     assert found.adapter.layers.keys() == adapter.layers.keys()
-    assert found.adapter.family == family
+    assert found.adapter.family == shape
     assert difference(adapter, found.adapter).largest < 1e-4
     assert {layer.rank for layer in found.adapter.layers.values()} == {2}
     assert found.energy[""] == pytest.approx(1, abs=1e-6)
     assert found.unchanged == len(original.layers) - len(adapter.layers)
     assert found.left_out == () and found.resumed == 0
-    declared = {"sd1": "epsilon", "sd2": "v", "sdxl": "epsilon"}[family]
+    declared = {"sd1": "epsilon", "sd2": "v", "sdxl": "epsilon"}[shape]
     expected = original.family.metadata[declared]
     assert found.adapter.metadata.items() >= {**expected, "ss_network_dim": "2"}.items()
 
 
+@one_family
 def test_a_rank_or_a_share_of_energy_cuts_it_off(pair, tmp_path):
     adapter, original, tuned = pair()
     rank = extract(original, tuned, replace(SETTINGS, linear=Truncation(rank=1)), tmp_path / "a")
@@ -132,6 +132,7 @@ def test_a_tuned_base_that_changed_since_is_extracted_anew(pair, tmp_path):
     assert found.resumed == 0 and "unet.conv_in" in found.adapter.layers
 
 
+@one_family
 def test_rounding_to_another_type_is_no_change(pair, tmp_path):
     adapter, original, tuned = pair()
     write_changed(tuned, tmp_path / "half", [], lambda *given: given[1], precision="fp16")
@@ -155,6 +156,7 @@ def test_roundings_to_fp16_and_bf16_of_one_weight_are_no_difference(pair, tmp_pa
     assert found.adapter.layers.keys() == adapter.layers.keys() and found.left_out == ()
 
 
+@one_family
 def test_the_adapter_is_labelled_as_what_it_was_tuned_to(pair, tmp_path):
     _, original, tuned = pair("sd1")
     scheduler = tuned.facts.path / "scheduler" / "scheduler_config.json"
@@ -167,6 +169,7 @@ def test_the_adapter_is_labelled_as_what_it_was_tuned_to(pair, tmp_path):
     }.items()  # fmt: skip
 
 
+@one_family
 def test_only_some_parts_and_no_convolutions(pair, tmp_path):
     adapter, original, tuned = pair()
     found = extract(original, tuned, replace(SETTINGS, only=("unet.mid_block",)), tmp_path / "a")
@@ -178,6 +181,7 @@ def test_only_some_parts_and_no_convolutions(pair, tmp_path):
         extract(original, tuned, replace(SETTINGS, only=("unet", "unet.nowhere")), tmp_path / "c")
 
 
+@one_family
 def test_norms_and_biases_that_differ_are_named(pair, tmp_path):
     _, original, tuned = pair()
     file = tuned.places["unet.conv_in.weight"].file
@@ -188,6 +192,7 @@ def test_norms_and_biases_that_differ_are_named(pair, tmp_path):
     assert found.left_out == ("unet.conv_norm_out.weight",)
 
 
+@one_family
 def test_bases_of_two_families_or_sizes_are_refused(pair, tiny_folder, tmp_path):
     _, original, _ = pair()
     with pytest.raises(ModelError, match=r"is Stable Diffusion 1\.x, .* is Stable Diffusion XL"):
@@ -196,6 +201,7 @@ def test_bases_of_two_families_or_sizes_are_refused(pair, tiny_folder, tmp_path)
         extract(original, open_base(BaseSection(path="tiny")), SETTINGS, tmp_path / "work")
 
 
+@one_family
 def test_weights_that_are_not_numbers_are_refused(pair, tmp_path):
     _, original, tuned = pair()
     folder = tmp_path / "broken"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from adapter_kinds import KINDS, LINEAR, random_layer
+from every_family import one_family
 
 from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.merge import MergePart, MergeSettings
@@ -43,11 +44,10 @@ def merged_weights(section, target, parts, settings=None, **options):
     return base, open_base(section.model_copy(update={"path": str(target)})), found
 
 
-@pytest.mark.parametrize("family", SHAPES)
-def test_each_weight_is_the_bases_plus_the_weighted_updates(layouts, tiny_base, make_adapter, family):
-    first, second = (make_adapter(tiny_base(family), seed=seed) for seed in (1, 2))
+def test_each_weight_is_the_bases_plus_the_weighted_updates(layouts, tiny_base, make_adapter, shape):
+    first, second = (make_adapter(tiny_base(), seed=seed) for seed in (1, 2))
     parts = [MergePart("a", first, 0.7, {"text_encoder": 0.0}), MergePart("b", second, -0.4)]
-    for section, target in layouts(family):
+    for section, target in layouts(shape):
         before = sha256_of_file(open_base(section).places["unet.conv_in.weight"].file)
         base, merged, found = merged_weights(section, target, parts)
         assert found.layers == len(first.layers)
@@ -61,6 +61,7 @@ def test_each_weight_is_the_bases_plus_the_weighted_updates(layouts, tiny_base, 
         assert sha256_of_file(base.places["unet.conv_in.weight"].file) == before
 
 
+@one_family
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_goes_in_dora_too(layouts, kind):
     for section, target in layouts("sd1"):
@@ -75,6 +76,7 @@ def test_every_kind_goes_in_dora_too(layouts, kind):
         assert found.error < 1e-6
 
 
+@one_family
 def test_pictures_of_the_merged_base_are_those_of_the_adapter(layouts, tiny_base, make_adapter, tmp_path):
     adapter = make_adapter(tiny_base("sd1"))
     write_adapter(adapter, tmp_path / "a.safetensors")
@@ -92,6 +94,7 @@ def test_pictures_of_the_merged_base_are_those_of_the_adapter(layouts, tiny_base
     assert abs(pictures[0] - np.asarray(bare, dtype=int)).max() > 8
 
 
+@one_family
 def test_what_rounding_costs_is_told(layouts, tiny_base, make_adapter):
     adapter = make_adapter(tiny_base("sd1"))
     section, target = layouts("sd1")[1]
@@ -106,6 +109,7 @@ def test_what_rounding_costs_is_told(layouts, tiny_base, make_adapter):
     assert found.error > 1e-3 and found.worst in adapter.layers and found.worst_error >= found.error
 
 
+@one_family
 def test_ties_and_dare_combine_the_updates(layouts, tiny_base, make_adapter):
     adapters = [make_adapter(tiny_base("sd1"), seed=seed) for seed in (1, 2)]
     parts = [MergePart(name, adapter) for name, adapter in zip("ab", adapters, strict=True)]
@@ -115,6 +119,7 @@ def test_ties_and_dare_combine_the_updates(layouts, tiny_base, make_adapter):
     assert 0.08 < float((changed != 0).float().mean()) < 0.2  # a tenth of each, seldom the same one
 
 
+@one_family
 def test_what_does_not_fit_is_refused_and_nothing_written(layouts, tiny_base, make_adapter, tmp_path):
     adapter = make_adapter(tiny_base("sdxl"))
     wrong = AdapterFile({PROJECTION: random_layer("lora", (8, 8))}, "sd1")

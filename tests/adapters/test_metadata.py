@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from every_family import one_family
 from trained_kinds import NAME, section
 
 from sdlora.adapters.metadata import trained_metadata
@@ -31,6 +32,7 @@ SIZES = [
 ]
 
 
+@one_family
 @pytest.mark.parametrize(("kind", "settings", "size", "arguments"), SIZES)
 def test_rank_and_alpha_are_those_of_the_written_layers(tiny_base, kind, settings, size, arguments):
     chosen, base = section(kind, **settings), tiny_base("sd1")
@@ -68,6 +70,7 @@ RATES = [
 ]
 
 
+@one_family
 @pytest.mark.parametrize(("family", "values", "told"), RATES)
 def test_rates_are_those_of_what_was_trained(tiny_base, family, values, told):
     config, base = parse_config(values), tiny_base(family)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from engine_help import ask, make, pixels, same
+from every_family import one_family
 
 from sdlora.adapters.file import AdapterFile, read_adapter
 from sdlora.adapters.write import write_adapter
@@ -41,6 +42,7 @@ def test_a_schedule_changes_the_prompt_at_its_step(engine):
     assert not close(half, red) and not close(half, blue)
 
 
+@one_family
 def test_a_changing_prompt_is_as_with_diffusers_own_pipeline(tiny_base, tiny_folder):
     engine = Engine(tiny_base("sd1"))
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder("sd1"))
