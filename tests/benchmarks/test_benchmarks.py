@@ -47,6 +47,7 @@ def test_train_step_measures_us_and_the_peer_on_the_same_job(base: Path, tmp_pat
     assert len(job["losses"]) == 4
 
 
+@pytest.mark.slow  # a process that imports everything
 def test_generate_measures_pictures_and_adapters(base: Path, tmp_path: Path) -> None:
     options = ["--pictures-tiny", "1", "--denoising-steps", "1"]
     (job,) = run("generate.py", base, tmp_path, *options)["runs"]
@@ -87,6 +88,7 @@ def test_peak_memory_is_the_process_own() -> None:
     assert 0.05 < machine.peak_memory_gb() < 100
 
 
+@pytest.mark.slow  # five bases are made, trained and saved
 def test_every_family_trains_and_gives_diffusers_own_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert families.main(["--out", str(tmp_path), "--steps", "2"]) == 0
     table = capsys.readouterr().out.split("\n\n")[-1].splitlines()

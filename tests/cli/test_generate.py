@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import pty
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import forked, needs_fork
 from PIL import Image
 
 from sdlora import read_recipe
@@ -74,36 +73,41 @@ def test_mistakes_are_one_line_before_a_base_is_loaded(
     assert error.startswith(sentence) and error.count("\n") == 1
 
 
+@needs_fork
 def test_ctrl_c_ends_it_with_one_line_and_nothing_half_written(usual: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sdlora.cli.main", *usual, "--steps", "20", "--count", "500"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert running.stdout is not None
-    assert "00000-x.png" in running.stdout.readline()  # the next one is on its way
-    time.sleep(0.2)
-    running.send_signal(signal.SIGINT)
-    _, error = running.communicate(timeout=180)
-    assert running.returncode == 130
-    assert error == "interrupted\n"
+    reading, writing = os.pipe()
+    with (tmp_path / "stderr").open("w") as stderr, os.fdopen(reading) as stdout:
+        words = [*usual, "--steps", "20", "--count", "500"]
+        running = forked(lambda: cli.main(words), writing, stderr.fileno())
+        os.close(writing)
+        assert "00000-x.png" in stdout.readline()  # the next one is on its way
+        time.sleep(0.2)
+        os.kill(running.pid or 0, signal.SIGINT)
+        stdout.read()
+        running.join(180)
+    assert running.exitcode == 130
+    assert (tmp_path / "stderr").read_text() == "interrupted\n"
     names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert names == [f"{number:05d}-x.png" for number in range(len(names))]
     for name in names:
         assert read_recipe(tmp_path / "out" / name).steps == 20
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo terminal")
-def test_a_terminal_shows_steps_and_the_time_left(usual: list[str]) -> None:
+@needs_fork
+def test_a_terminal_shows_steps_and_the_time_left(usual: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "sdlora.cli.main", *usual, "--steps", "30", "--count", "2"]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    running = subprocess.Popen(command, stdout=slave, stderr=slave, env=environment)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    running = forked(lambda: cli.main([*usual, "--steps", "30", "--count", "2"]), slave)
     os.close(slave)
     said = b""
-    while running.poll() is None or said.count(b"left") == 0:
+    while True:
         try:
             said += os.read(master, 65536)
         except OSError:  # the terminal's other end is closed
             break
     os.close(master)
-    assert running.wait(timeout=180) == 0
+    running.join(180)
+    assert running.exitcode == 0
     assert b"picture 1 of 2, step " in said and b" of 31" in said and b"0:00:0" in said
     assert b"00001-x.png" in said

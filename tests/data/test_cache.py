@@ -1,17 +1,16 @@
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from encoded import encode, picture_files
 from every_family import SHAPES
+from forked import forked, needs_fork
 from PIL import Image
 
 from sdlora.config import DataSection
 from sdlora.data import cache
+from sdlora.data import store as store_module
 from sdlora.data.buckets import crop_of, fit_picture
 from sdlora.data.cache import encode_pictures
 from sdlora.data.pictures import read_picture
@@ -234,40 +233,40 @@ def test_what_was_encoded_before_an_interruption_is_kept(tiny_base, section, tmp
     assert all(torch.equal(a.posterior().mean, b) for a, b in zip(examples, reference, strict=True))
 
 
-_ENCODE = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from encoded import encode
-from sdlora.config import BaseSection, DataSection
-from sdlora.data import cache, store
-from sdlora.families.registry import load_base
-store._SECONDS_UNTIL_WRITTEN = 0.0
-cache._PICTURES_AT_ONCE = 1
-if sys.argv[5] == "die":
-    write = store.TensorStore.write_shard
+def encoding(base, section, sums, dies=False):
+    """Return a process that encodes the pictures and writes the sum of their latents; it may be killed at its third."""
+
+    def encode_and_sum():
+        store_module._SECONDS_UNTIL_WRITTEN = 0.0
+        cache._PICTURES_AT_ONCE = 1
+        if dies:
+            TensorStore.write_shard = write_and_die
+        examples = encode(base, section)
+        print(sum(float(example.posterior().mean.double().sum()) for example in examples))
+
+    write = TensorStore.write_shard
+
     def write_and_die(self, tensors):
         write(self, tensors)
         if len(list(self.folder.glob("*.safetensors"))) == 3:
             os._exit(9)
-    store.TensorStore.write_shard = write_and_die
-base = load_base(BaseSection(path=sys.argv[2], precision="fp32"), "cpu")
-section = DataSection(folder=sys.argv[3], caption="x", buckets={"shapes": "classic"}, cache={"folder": sys.argv[4]})
-print(sum(float(example.posterior().mean.double().sum()) for example in encode(base, section)))
-"""
+
+    return forked(encode_and_sum, sums.fileno())
 
 
-def start(tiny_folder, section, how):
-    words = [str(Path(__file__).parents[1]), str(tiny_folder("sd1")), section.folder, section.cache.folder, how]
-    return subprocess.Popen([sys.executable, "-c", _ENCODE, *words], stdout=subprocess.PIPE, text=True)
-
-
-def test_killed_in_the_middle_and_run_again_twice_at_once(tiny_base, tiny_folder, section, tmp_path):
-    killed = start(tiny_folder, section, "die")
-    assert killed.wait(120) == 9
-    assert len(picture_files(tmp_path / "cache")) == 3
-    together = [start(tiny_folder, section, "live") for _ in range(2)]
-    sums = {round(float(run.communicate(timeout=120)[0]), 6) for run in together}
+@needs_fork
+def test_killed_in_the_middle_and_run_again_twice_at_once(tiny_base, section, tmp_path):
+    base = tiny_base()
+    with (tmp_path / "sums").open("w") as sums:
+        killed = encoding(base, section, sums, dies=True)
+        killed.join(120)
+        assert killed.exitcode == 9
+        assert len(picture_files(tmp_path / "cache")) == 3
+        together = [encoding(base, section, sums) for _ in range(2)]
+        for run in together:
+            run.join(120)
+            assert run.exitcode == 0
+    sums = {round(float(line), 6) for line in (tmp_path / "sums").read_text().split()}
     alone = encode(tiny_base(), changed(section, cache={"folder": str(tmp_path / "other")}))
     expected = sum(float(example.posterior().mean.double().sum()) for example in alone)
     assert len(sums) == 1 and sums.pop() == pytest.approx(expected, abs=1e-3)
