@@ -50,6 +50,9 @@ SAMPLERS: Mapping[str, SamplerTraits] = {
     "DPM++ SDE": SamplerTraits(
         "Karras", "two evaluations a step, new noise in each; for few steps", begins_at_pure_noise=False
     ),
+    "DPM++ 2S a": SamplerTraits(
+        "Karras", "two evaluations a step, new noise behind it (Lu et al. 2022)", begins_at_pure_noise=False
+    ),
     "Euler a": SamplerTraits("Uniform", "new noise in every step; soft, changes with the number of steps"),
     "Euler": SamplerTraits("Uniform", "the simplest (Karras et al. 2022, algorithm 1 without its second order)"),
     "Heun": SamplerTraits(
@@ -100,7 +103,6 @@ OF_SCHEDULERS: Mapping[str, str] = {
 """diffusers' scheduler, as bases name theirs -> the sampler that people call it."""
 
 _NEAREST = {
-    "DPM++ 2S a": "DPM++ SDE",
     "DPM fast": "DPM++ 2M",
     "DPM adaptive": "DPM++ 2M",
     "Restart": "Heun",

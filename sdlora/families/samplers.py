@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ class _Kind:
     """Whether one step more is planned, and the last but one left out, as AUTOMATIC1111 does with some."""
 
 
+_OURS = {"SeededSdeScheduler": "brownian", "DPMPlusPlus2SAncestralScheduler": "ancestral"}
+"""Scheduler of ours -> its module, which is imported when it is needed: what some need is slow to import."""
 _MULTI = "DPMSolverMultistepScheduler"
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _KINDS = {
@@ -70,7 +73,8 @@ _KINDS = {
     "Heun": _Kind("HeunDiscreteScheduler"),
     "DPM2": _Kind("KDPM2DiscreteScheduler", skips_second_last=True),
     "DPM2 a": _Kind("KDPM2AncestralDiscreteScheduler", skips_second_last=True),
-    "DPM++ SDE": _Kind("DPMSolverSDEScheduler"),
+    "DPM++ SDE": _Kind("SeededSdeScheduler"),
+    "DPM++ 2S a": _Kind("DPMPlusPlus2SAncestralScheduler"),
     "LMS": _Kind("LMSDiscreteScheduler"),
     "UniPC": _Kind("UniPCMultistepScheduler", {"solver_order": 3}, _MULTISTEP),
     "DDIM": _Kind("DDIMScheduler", _DDIM, _LEADING),
@@ -117,11 +121,8 @@ def _make(base: LoadedBase, name: str, schedule: str, zero_snr: bool) -> Any:
 
 
 def _scheduler(name: str) -> type[Any]:
-    if name == "DPMSolverSDEScheduler":
-        from sdlora.families.brownian import SeededSdeScheduler  # what it needs is slow to import
-
-        return SeededSdeScheduler
-    found: type[Any] = getattr(diffusers, name)
+    home = importlib.import_module(f"sdlora.families.{_OURS[name]}") if name in _OURS else diffusers
+    found: type[Any] = getattr(home, name)
     return found
 
 

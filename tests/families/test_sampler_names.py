@@ -23,6 +23,8 @@ from sdlora.families.sampler_names import _NEAREST, AUTOMATIC, SAMPLERS, SCHEDUL
         ("euler_ancestral", "ddim_uniform", ("Euler a", "DDIM")),
         ("dpmpp_2m_sde", "normal", ("DPM++ 2M SDE", "Normal")),
         ("DDIM", "trailing", ("DDIM", "Trailing")),
+        ("DPM++ 2S a Karras", "", ("DPM++ 2S a", "Karras")),
+        ("dpmpp_2s_ancestral", "", ("DPM++ 2S a", "")),
         ("LCM", "Automatic", ("LCM", "")),
     ],
 )
@@ -42,7 +44,7 @@ def test_names_stay_as_they_are(name):
         ("Eulr", "", "there is no sampler 'Eulr'; did you mean Euler?"),
         ("zzz", "", "there is no sampler 'zzz'; known are DPM++ 2M, "),
         ("Euler", "Karas", "there is no schedule 'Karas'; did you mean Karras?"),
-        ("DPM++ 2S a Karras", "", "the sampler DPM++ 2S a is not offered; the nearest is DPM++ SDE"),
+        ("DPM fast Karras", "", "the sampler DPM fast is not offered; the nearest is DPM++ 2M"),
         ("restart", "", "the sampler Restart is not offered; the nearest is Heun"),
         ("DDIM", "Karras", "sampler 'DDIM' cannot take the schedule 'Karras'; it takes DDIM and Trailing"),
         ("LCM", "Karras", "it has one of its own"),

@@ -21,6 +21,9 @@ from sdlora.families.sigmas import sigma_table, sigmas_of
 
 PAIRS = [(name, schedule) for name, traits in SAMPLERS.items() for schedule in traits.schedules]
 WITH_LEVELS = [pair for pair in PAIRS if pair[0] not in ("DDIM", "PLMS", "DDPM")]
+OF_NOISE_LEVELS = ("Euler", "Heun", "KDPM2", "DPMSolverSDE", "DPMPlusPlus2S", "LMS")
+"""How the schedulers are called whose latents are the picture plus noise, not a share of each."""
+TWICE_A_STEP = ("Heun", "KDPM2", "DPMSolverSDE", "DPMPlusPlus2S")
 SKIPPING = ("DPM2", "DPM2 a", "DPM++ 3M SDE")
 """Of these the level before the last is left out."""
 
@@ -43,25 +46,28 @@ def denoised(x, sigma):
     return x / (1 + 4 * sigma**2)
 
 
-def sample(sampler, steps: int, x: torch.Tensor) -> torch.Tensor:
+def sample(sampler, steps: int, x: torch.Tensor, generator=None) -> torch.Tensor:
     """Return what the sampler makes of the noise x with a base that knows the data."""
     sampler.set_timesteps(steps)
     if hasattr(sampler, "set_begin_index"):
         sampler.set_begin_index(0)
-    generator = torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator().manual_seed(0)
     options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
     levels = sigmas_of(sampler.alphas_cumprod.numpy())
     x = x * sampler.init_noise_sigma
     for timestep in sampler.timesteps:
         inputs = sampler.scale_model_input(x, timestep)
-        if type(sampler).__name__.startswith(("Euler", "Heun", "KDPM2", "DPMSolverSDE", "LMS")):
+        if type(sampler).__name__.startswith(OF_NOISE_LEVELS):
             sigma = ((x[0] / inputs[0]) ** 2 - 1).sqrt()
         elif getattr(sampler, "step_index", None) is not None or hasattr(sampler, "sigmas"):
             sigma = sampler.sigmas[sampler.step_index or 0]
         else:
             sigma = torch.tensor(levels[int(timestep)])
         noisy = inputs * (1 + sigma**2).sqrt()
-        predicted = (noisy - denoised(noisy, sigma)) / sigma
+        if sampler.config.prediction_type == "v_prediction":
+            predicted = (noisy / (1 + sigma**2) - denoised(noisy, sigma)) * (1 + sigma**2).sqrt() / sigma
+        else:
+            predicted = (noisy - denoised(noisy, sigma)) / sigma
         x = sampler.step(predicted.float(), timestep, x, **options, return_dict=False)[0]
     return x
 
@@ -77,7 +83,7 @@ def test_the_levels_are_the_formulas(make, name, schedule, steps):
     else:
         expected = sigma_table(schedule, steps, training)
     found = sampler.sigmas.numpy()
-    if type(sampler).__name__.startswith(("Heun", "KDPM2", "DPMSolverSDE")):
+    if type(sampler).__name__.startswith(TWICE_A_STEP):
         found = np.concatenate([found[:1], found[1::2]])[: steps + 1]
     assert len(found) == steps + 1 and found[-1] == 0
     # Some samplers round to whole timesteps, so that is where they are compared.
@@ -180,18 +186,51 @@ def test_steps_with_noise_of_a_tree_are_the_papers(make, schedule):
     )
 
 
-def test_each_picture_of_a_batch_has_its_own_tree(make):
-    sampler = make("DPM++ SDE", "Karras")
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+def dpm_plus_2s_a(x, levels, noise):
+    """Lu et al. 2022 b, algorithm 1 at r = 1/2 in x / alpha, down to the level from which the step's noise leads up."""
+    for sigma, following in itertools.pairwise(levels):
+        first = denoised(x, sigma)
+        if following == 0:
+            return first
+        up = math.sqrt(following**2 * (sigma**2 - following**2) / sigma**2)
+        down = math.sqrt(following**2 - up**2)
+        h = math.log(sigma / down)
+        middle = sigma * math.exp(-h / 2)
+        there = middle / sigma * x - math.expm1(-h / 2) * first
+        x = down / sigma * x - math.expm1(-h) * denoised(there, middle) + up * noise()
 
-    def stepped(x, generators):
+
+@pytest.mark.parametrize("schedule", ["Karras", "Simple"])
+@pytest.mark.parametrize("shape", ["sd1", "sd2"])
+def test_a_singlestep_solver_with_noise_is_the_papers(tiny_base, shape, schedule):
+    """sd2 predicts v."""
+    sampler, x = make_sampler(tiny_base(shape), "DPM++ 2S a", schedule), torch.ones(1, 4, 2, 2)
+    found = sample(sampler, 6, x, torch.Generator().manual_seed(7))
+    levels = [*sigma_table(schedule, 6, sigmas_of(sampler.alphas_cumprod.numpy())).tolist(), 0.0]
+    drawn = torch.Generator().manual_seed(7)
+    expected = dpm_plus_2s_a(x * levels[0], levels, lambda: torch.randn(x.shape, generator=drawn))
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    # The second evaluation is at the next level n: down from s to n^2 / s, whose middle is sqrt(s n^2 / s).
+    evaluated = np.log(np.repeat(levels[:-1], 2)[1:])
+    places = np.interp(evaluated, np.log(sigmas_of(sampler.alphas_cumprod.numpy())), np.arange(1000))
+    np.testing.assert_allclose(sampler.timesteps.numpy(), places, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["DPM++ SDE", "DPM++ 2S a"])
+def test_each_picture_of_a_batch_has_its_own_noise(make, name):
+    sampler = make(name, "Karras")
+
+    def stepped(x, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         sampler.set_timesteps(4)
         sampler.set_begin_index(0)
-        return sampler.step(0.1 * x, sampler.timesteps[0], x, generator=generators, return_dict=False)[0]
+        for timestep in sampler.timesteps[:2]:
+            x = sampler.step(0.1 * x, timestep, x, generator=generators, return_dict=False)[0]
+        return x
 
     x = torch.ones(2, 4, 2, 2)
-    both = stepped(x, generators)
-    assert torch.equal(both[1:], stepped(x[1:], generators[1:]))
+    both = stepped(x, (5, 6))
+    assert torch.equal(both[1:], stepped(x[1:], (6,)))
     assert not torch.equal(both[0], both[1])
 
 

@@ -119,7 +119,8 @@ def test_pictures_of_different_samplers_are_made_apart(engine):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "first", "all_"), [("Euler", 2, 4), ("Heun", 4, 7), ("DPM2 a", 4, 7), ("DPM++ 2M", 2, 4)]
+    ("sampler", "first", "all_"),
+    [("Euler", 2, 4), ("Heun", 4, 7), ("DPM2 a", 4, 7), ("DPM++ 2S a", 4, 7), ("DPM++ 2M", 2, 4)],
 )
 def test_a_prompt_changes_at_its_step_however_often_the_sampler_evaluates(engine, sampler, first, all_, monkeypatch):
     seen = []
@@ -206,7 +207,7 @@ def test_samplers_work_in_half_precision(tiny_folder, shape, precision):
 
 
 @pytest.mark.parametrize("shape", ["sd1"])
-@pytest.mark.parametrize("name", ["DPM2 a", "DPM++ SDE", "LMS", "UniPC", "PLMS"])
+@pytest.mark.parametrize("name", ["DPM2 a", "DPM++ SDE", "DPM++ 2S a", "LMS", "UniPC", "PLMS"])
 def test_a_sampler_begins_anew_after_a_cancelled_picture(engine, name):
     expected = picture(engine, sampler=name)
 

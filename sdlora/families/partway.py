@@ -1,0 +1,41 @@
+"""A sampler in the middle of its steps: where it begins there, and pictures with as much noise as it stands at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import PNDMScheduler
+
+
+def last_steps(made: Any, steps: int, run: int) -> torch.Tensor:
+    """Return the timesteps of the last `run` of the `steps` that the sampler was set to, with which it now begins."""
+    timesteps: torch.Tensor = made.timesteps
+    run = min(run, steps)
+    if isinstance(made, PNDMScheduler) and made.config.skip_prk_steps and run:
+        # The first of its steps has two evaluations, at the level of the second too, wherever it begins.
+        levels = torch.cat([timesteps[:1], timesteps[2:]])[-run:]
+        return torch.cat([levels[:2], levels[1:]])
+    first = (steps - run) * made.order
+    if hasattr(made, "set_begin_index"):
+        made.set_begin_index(first)
+    return timesteps[first:] if run else timesteps[:0]
+
+
+def as_noisy(made: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Return clean latents with the noise at which the sampler's next evaluation, at that timestep [1], is made."""
+    level = _half_way(made)
+    if level is None:
+        noisy: torch.Tensor = made.add_noise(latents, noise, timestep)
+        return noisy
+    return latents + noise * level.to(latents)
+
+
+def _half_way(made: Any) -> torch.Tensor | None:
+    """Return the level of a step's second evaluation where that is next and no level of the sampler's list, else None."""
+    if getattr(made, "state_in_first_order", True):
+        return None
+    if hasattr(made, "sigmas_interpol"):
+        level: torch.Tensor = made.sigmas_interpol[made.step_index - 1]
+        return level
+    return getattr(made, "mid_point_sigma", None)
