@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import PNDMScheduler
+from diffusers import KDPM2AncestralDiscreteScheduler, LMSDiscreteScheduler, PNDMScheduler
 
 
 def last_steps(made: Any, steps: int, run: int) -> torch.Tensor:
@@ -17,7 +17,11 @@ def last_steps(made: Any, steps: int, run: int) -> torch.Tensor:
         levels = torch.cat([timesteps[:1], timesteps[2:]])[-run:]
         return torch.cat([levels[:2], levels[1:]])
     first = (steps - run) * made.order
-    if hasattr(made, "set_begin_index"):
+    if isinstance(made, LMSDiscreteScheduler):
+        # It takes its place in the list for the number of slopes that it has seen.
+        made.sigmas = made.sigmas[first:]
+        made.set_begin_index(0)
+    elif hasattr(made, "set_begin_index"):
         made.set_begin_index(first)
     return timesteps[first:] if run else timesteps[:0]
 
@@ -35,7 +39,8 @@ def _half_way(made: Any) -> torch.Tensor | None:
     """Return the level of a step's second evaluation where that is next and no level of the sampler's list, else None."""
     if getattr(made, "state_in_first_order", True):
         return None
-    if hasattr(made, "sigmas_interpol"):
-        level: torch.Tensor = made.sigmas_interpol[made.step_index - 1]
+    if hasattr(made, "sigmas_interpol"):  # of DPM2 and its like, whose lists do not begin alike
+        place = made.step_index - isinstance(made, KDPM2AncestralDiscreteScheduler)
+        level: torch.Tensor = made.sigmas_interpol[place]
         return level
     return getattr(made, "mid_point_sigma", None)

@@ -13,6 +13,7 @@ from PIL import Image
 from sdlora.adapters.inject import has_float32_adapter
 from sdlora.errors import ConfigError, GenerationError
 from sdlora.families.base import LoadedBase, PromptStyle, autocast
+from sdlora.families.partway import last_steps
 from sdlora.families.samplers import make_sampler
 from sdlora.generation.asked import Asked
 from sdlora.generation.batches import wants_zero_snr
@@ -137,7 +138,7 @@ class Renderer:
         counts = []
         for steps, run in passes:
             _plan(scheduler, steps)
-            counts.append(len(scheduler.timesteps) - (steps - run) * scheduler.order if run else 0)
+            counts.append(len(last_steps(scheduler, steps, run)))
         return counts
 
     def _fast_unet(self, acting: Sequence[Acting]) -> AbstractContextManager[None]:
