@@ -59,15 +59,20 @@ class _Kind:
     """Whether one step more is planned, and the last but one left out, as AUTOMATIC1111 does with some."""
 
 
-_OURS = {"SeededSdeScheduler": "brownian", "DPMPlusPlus2SAncestralScheduler": "ancestral"}
+_OURS = {
+    "SeededSdeScheduler": "brownian",
+    "SeededMultistepScheduler": "brownian",
+    "DPMPlusPlus2SAncestralScheduler": "ancestral",
+}
 """Scheduler of ours -> its module, which is imported when it is needed: what some need is slow to import."""
-_MULTI = "DPMSolverMultistepScheduler"
+_MULTI, _MULTI_SDE = "DPMSolverMultistepScheduler", "SeededMultistepScheduler"
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
+_THIRD_SDE = _SDE | {"solver_order": 3, "solver_type": "heun", "lower_order_final": False}
 _KINDS = {
     "DPM++ 2M": _Kind(_MULTI, {"algorithm_type": "dpmsolver++"}, _MULTISTEP),
-    "DPM++ 2M SDE": _Kind(_MULTI, _SDE, _MULTISTEP),
-    "DPM++ 2M SDE Heun": _Kind(_MULTI, _SDE | {"solver_type": "heun"}, _MULTISTEP),
-    "DPM++ 3M SDE": _Kind(_MULTI, _SDE | {"solver_order": 3, "lower_order_final": False}, skips_second_last=True),
+    "DPM++ 2M SDE": _Kind(_MULTI_SDE, _SDE, _MULTISTEP),
+    "DPM++ 2M SDE Heun": _Kind(_MULTI_SDE, _SDE | {"solver_type": "heun"}, _MULTISTEP),
+    "DPM++ 3M SDE": _Kind(_MULTI_SDE, _THIRD_SDE, skips_second_last=True),
     "Euler a": _Kind("EulerAncestralDiscreteScheduler"),
     "Euler": _Kind("EulerDiscreteScheduler"),
     "Heun": _Kind("HeunDiscreteScheduler"),
@@ -127,8 +132,13 @@ def _scheduler(name: str) -> type[Any]:
 
 
 def settings_of(made: Any) -> dict[str, Any]:
-    """Return the settings of what `make_sampler` returned, for a recipe, where Karras' schedule is Karras' alone."""
+    """Return the settings of what `make_sampler` returned, for a recipe.
+
+    Karras' schedule is Karras' alone there, and noise that is not drawn from the generators by turns is named.
+    """
     settings = dict(made.config)
+    if getattr(made, "draws_from_trees", False):
+        settings["noise"] = "Brownian tree"
     if settings.get("use_karras_sigmas") and schedule_of(made):
         settings["use_karras_sigmas"] = schedule_of(made) == "Karras"
     return settings

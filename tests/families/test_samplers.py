@@ -174,16 +174,66 @@ def dpm_plus_sde(x, levels, noise):
     return x
 
 
+def multistep_sde(x, levels, noise, order=2, weight_of_slope=None):
+    """Lu et al. 2022 b, algorithm 2 with noise (eq. 14), in x / alpha, by the integrals over a step of its decay times t^k.
+
+    Targets are taken as a polynomial in the time of the step. `weight_of_slope` is what the midpoint rule takes for
+    the integral at k = 1.
+    """
+    times, targets = [], []
+    for sigma, following in itertools.pairwise(levels):
+        times.append(-math.log(sigma))
+        targets.append(denoised(x, sigma))
+        if following == 0:
+            return targets[-1]
+        h = -math.log(following) - times[-1]
+        u = 2 * h
+        integrals = [1 - math.exp(-u), 1 - (1 - math.exp(-u)) / u]  # of 1 and of t / h
+        integrals.append(1 - 2 / u + 2 * (1 - math.exp(-u)) / u**2)  # of (t / h)^2
+        change = integrals[0] * targets[-1]
+        if len(targets) > 1 and (order == 2 or len(targets) == 2):
+            slope = (targets[-1] - targets[-2]) / (times[-1] - times[-2]) * h
+            change = change + (weight_of_slope(u) if weight_of_slope else integrals[1]) * slope
+        elif len(targets) > 2:
+            # Through three points: f + s t + b t^2 at t / h, f at 0.
+            ts = [(time - times[-1]) / h for time in times[-3:-1]]
+            fs = [target - targets[-1] for target in targets[-3:-1]]
+            bend = (fs[0] / ts[0] - fs[1] / ts[1]) / (ts[0] - ts[1])
+            slope = fs[1] / ts[1] - bend * ts[1]
+            change = change + integrals[1] * slope + integrals[2] / 2 * bend  # half of it, as in k-diffusion
+        up = following * math.sqrt(1 - math.exp(-u))
+        x = math.exp(-u) * x + change + up * noise(torch.tensor(sigma), torch.tensor(following))
+
+
+WITH_TREES = {
+    "DPM++ SDE": dpm_plus_sde,
+    "DPM++ 2M SDE": functools.partial(multistep_sde, weight_of_slope=lambda u: (1 - math.exp(-u)) / 2),
+    "DPM++ 2M SDE Heun": multistep_sde,
+    "DPM++ 3M SDE": functools.partial(multistep_sde, order=3),
+}
+
+
+@pytest.mark.parametrize("name", WITH_TREES)
 @pytest.mark.parametrize("schedule", ["Karras", "Simple"])
 @pytest.mark.filterwarnings("ignore:Should have t")
-def test_steps_with_noise_of_a_tree_are_the_papers(make, schedule):
-    sampler, x = make("DPM++ SDE", schedule), torch.ones(1, 4, 2, 2)
-    found = sample(sampler, 6, x)
-    levels = [*sigma_table(schedule, 6, sigmas_of(sampler.alphas_cumprod.numpy())).tolist(), 0.0]
-    noise = BrownianTreeNoiseSampler(x, levels[-2], levels[0], [0])
-    torch.testing.assert_close(
-        found, dpm_plus_sde(x * float(sampler.init_noise_sigma), levels, noise), rtol=2e-3, atol=2e-3
-    )
+def test_steps_with_noise_of_a_tree_are_the_papers(make, name, schedule):
+    """The noise is what k-diffusion draws from a tree of the picture's seed between the levels of a step."""
+    sampler, x = make(name, schedule), torch.ones(1, 4, 2, 2)
+    found = sample(sampler, 6, x, torch.Generator().manual_seed(31))
+    count = 7 if name in SKIPPING else 6
+    levels = [*sigma_table(schedule, count, sigmas_of(sampler.alphas_cumprod.numpy()))[:6].tolist(), 0.0]
+    noise = BrownianTreeNoiseSampler(x, levels[-2], levels[0], [31])
+    first = levels[0] if name == "DPM++ SDE" else math.sqrt(1 + levels[0] ** 2)  # the library starts at a variance of 1
+    torch.testing.assert_close(found, WITH_TREES[name](x * first, levels, noise), rtol=2e-3, atol=2e-3)
+    assert settings_of(sampler)["noise"] == "Brownian tree"
+
+
+def test_a_single_step_has_no_noise(make):
+    x = torch.ones(1, 1, 1, 1)
+    for name in WITH_TREES:
+        sampler = make(name, "Karras")
+        sigma = sigma_table("Karras", 1, sigmas_of(sampler.alphas_cumprod.numpy())).item()
+        assert sample(sampler, 1, x).item() == pytest.approx(denoised(sigma, sigma), rel=5e-3)
 
 
 def dpm_plus_2s_a(x, levels, noise):
@@ -216,7 +266,7 @@ def test_a_singlestep_solver_with_noise_is_the_papers(tiny_base, shape, schedule
     np.testing.assert_allclose(sampler.timesteps.numpy(), places, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["DPM++ SDE", "DPM++ 2S a"])
+@pytest.mark.parametrize("name", [*WITH_TREES, "DPM++ 2S a"])
 def test_each_picture_of_a_batch_has_its_own_noise(make, name):
     sampler = make(name, "Karras")
 

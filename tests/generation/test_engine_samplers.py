@@ -26,10 +26,6 @@ THEIRS = {
     "Euler": ("EulerDiscreteScheduler", LINSPACE),
     "Euler a": ("EulerAncestralDiscreteScheduler", LINSPACE),
     "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", LINSPACE | {"use_karras_sigmas": True}),
-    "DPM++ 2M SDE": (
-        "DPMSolverMultistepScheduler",
-        LINSPACE | {"use_exponential_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
-    ),
     "Heun": ("HeunDiscreteScheduler", LINSPACE),
     "UniPC": ("UniPCMultistepScheduler", LINSPACE | {"solver_order": 3}),
     "DDIM": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
