@@ -16,6 +16,11 @@ def last_steps(made: Any, steps: int, run: int) -> torch.Tensor:
         # The first of its steps has two evaluations, at the level of the second too, wherever it begins.
         levels = torch.cat([timesteps[:1], timesteps[2:]])[-run:]
         return torch.cat([levels[:2], levels[1:]])
+    if hasattr(made, "keep_last") and 0 < run < steps:
+        made.keep_last(run)
+        made.set_begin_index(0)
+        kept: torch.Tensor = made.timesteps
+        return kept
     first = (steps - run) * made.order
     if isinstance(made, LMSDiscreteScheduler):
         # It takes its place in the list for the number of slopes that it has seen.

@@ -64,6 +64,12 @@ SAMPLERS: Mapping[str, SamplerTraits] = {
     "DPM2 a": SamplerTraits(
         "Karras", "the same with new noise in every step", _ANY_BUT_BETA, begins_at_pure_noise=False
     ),
+    "Restart": SamplerTraits(
+        "Karras",
+        "Heun's steps; with 20 and more, up again and down once more (Xu et al. 2023)",
+        ("Karras",),
+        begins_at_pure_noise=False,
+    ),
     "LMS": SamplerTraits(
         "Uniform", "a polynomial through the last four slopes, as k-diffusion has it", begins_at_pure_noise=False
     ),
@@ -105,7 +111,6 @@ OF_SCHEDULERS: Mapping[str, str] = {
 _NEAREST = {
     "DPM fast": "DPM++ 2M",
     "DPM adaptive": "DPM++ 2M",
-    "Restart": "Heun",
     "DDIM CFG++": "DDIM",
     "DEIS": "DPM++ 2M",
     "IPNDM": "PLMS",

@@ -63,6 +63,7 @@ _OURS = {
     "SeededSdeScheduler": "brownian",
     "SeededMultistepScheduler": "brownian",
     "DPMPlusPlus2SAncestralScheduler": "ancestral",
+    "RestartScheduler": "restart",
 }
 """Scheduler of ours -> its module, which is imported when it is needed: what some need is slow to import."""
 _MULTI, _MULTI_SDE = "DPMSolverMultistepScheduler", "SeededMultistepScheduler"
@@ -80,6 +81,7 @@ _KINDS = {
     "DPM2 a": _Kind("KDPM2AncestralDiscreteScheduler", skips_second_last=True),
     "DPM++ SDE": _Kind("SeededSdeScheduler"),
     "DPM++ 2S a": _Kind("DPMPlusPlus2SAncestralScheduler"),
+    "Restart": _Kind("RestartScheduler", own={}),
     "LMS": _Kind("LMSDiscreteScheduler"),
     "UniPC": _Kind("UniPCMultistepScheduler", {"solver_order": 3}, _MULTISTEP),
     "DDIM": _Kind("DDIMScheduler", _DDIM, _LEADING),

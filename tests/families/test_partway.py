@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from sdlora.families.sampler_names import SAMPLERS
 from sdlora.families.samplers import make_sampler
 from sdlora.families.sigmas import sigmas_of
 
-TWICE_A_STEP = ("Heun", "DPM2", "DPM2 a", "DPM++ SDE", "DPM++ 2S a")
+TWICE_A_STEP = ("Heun", "DPM2", "DPM2 a", "DPM++ SDE", "DPM++ 2S a", "Restart")
 NAMES = [name for name in SAMPLERS if name != "LCM"]
 
 
@@ -118,8 +119,10 @@ def test_lms_begins_with_one_slope_wherever_that_is(make):
     torch.testing.assert_close(run_on(sampler, timesteps, x), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("schedule", ["Karras", "Trailing"])
-@pytest.mark.parametrize("name", TWICE_A_STEP)
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [(name, one) for name in TWICE_A_STEP for one in ("Karras", "Trailing") if one in SAMPLERS[name].schedules],
+)
 @pytest.mark.parametrize("run", [6, 4])
 def test_what_is_put_back_has_the_noise_of_the_next_evaluation(make, name, schedule, run):
     """The level of an evaluation is what the sampler divides its input by: sqrt(1 + sigma^2)."""
@@ -140,3 +143,23 @@ def test_what_is_put_back_has_the_noise_of_the_next_evaluation(make, name, sched
     run_on(sampler, timesteps, x, put_back)
     assert len(levels) == 2 * run - 2
     assert levels == pytest.approx(sorted(levels, reverse=True), rel=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "run", "begun"), [(40, 19, 1), (40, 20, 2), (40, 36, 3)])
+def test_restarts_befit_the_steps_that_run(make, steps, run, begun):
+    """Begun in the middle, the noisiest level is the strength's; 20 steps restart once, from 2, and 36 twice."""
+    sampler = make("Restart", "")
+    sampler.set_timesteps(steps)
+    first = karras_level(sampler, steps, steps - run)
+    timesteps = last_steps(sampler, steps, run)
+    assert len(timesteps) == 2 * run - 1
+    levels = [level_of(sampler, timestep) for timestep in timesteps]
+    assert levels[0] == max(levels) == pytest.approx(first, rel=1e-3)
+    assert 1 + sum(later > level * 1.001 for level, later in itertools.pairwise(levels)) == begun
+
+
+def karras_level(sampler, steps: int, place: int) -> float:
+    """Karras et al. 2022, eq. 5."""
+    training = sigmas_of(sampler.alphas_cumprod.numpy())
+    low, high = training[0] ** (1 / 7), training[-1] ** (1 / 7)
+    return (high + place / (steps - 1) * (low - high)) ** 7

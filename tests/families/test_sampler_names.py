@@ -25,6 +25,7 @@ from sdlora.families.sampler_names import _NEAREST, AUTOMATIC, SAMPLERS, SCHEDUL
         ("DDIM", "trailing", ("DDIM", "Trailing")),
         ("DPM++ 2S a Karras", "", ("DPM++ 2S a", "Karras")),
         ("dpmpp_2s_ancestral", "", ("DPM++ 2S a", "")),
+        ("restart", "", ("Restart", "")),
         ("LCM", "Automatic", ("LCM", "")),
     ],
 )
@@ -45,7 +46,8 @@ def test_names_stay_as_they_are(name):
         ("zzz", "", "there is no sampler 'zzz'; known are DPM++ 2M, "),
         ("Euler", "Karas", "there is no schedule 'Karas'; did you mean Karras?"),
         ("DPM fast Karras", "", "the sampler DPM fast is not offered; the nearest is DPM++ 2M"),
-        ("restart", "", "the sampler Restart is not offered; the nearest is Heun"),
+        ("dpm_adaptive", "", "the sampler DPM adaptive is not offered; the nearest is DPM++ 2M"),
+        ("Restart", "Exponential", "sampler 'Restart' cannot take the schedule 'Exponential'; it takes Karras"),
         ("DDIM", "Karras", "sampler 'DDIM' cannot take the schedule 'Karras'; it takes DDIM and Trailing"),
         ("LCM", "Karras", "it has one of its own"),
         ("DPM++ 2M Karras", "Beta", "'DPM++ 2M Karras' and schedule 'Beta' contradict each other"),

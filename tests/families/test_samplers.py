@@ -15,13 +15,14 @@ import torch
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
 from sdlora.errors import ConfigError
+from sdlora.families.restart import restart_steps
 from sdlora.families.sampler_names import AUTOMATIC, OF_SCHEDULERS, SAMPLERS
 from sdlora.families.samplers import make_sampler, schedule_of, settings_of
 from sdlora.families.sigmas import sigma_table, sigmas_of
 
 PAIRS = [(name, schedule) for name, traits in SAMPLERS.items() for schedule in traits.schedules]
-WITH_LEVELS = [pair for pair in PAIRS if pair[0] not in ("DDIM", "PLMS", "DDPM")]
-OF_NOISE_LEVELS = ("Euler", "Heun", "KDPM2", "DPMSolverSDE", "DPMPlusPlus2S", "LMS")
+WITH_LEVELS = [pair for pair in PAIRS if pair[0] not in ("DDIM", "PLMS", "DDPM", "Restart")]
+OF_NOISE_LEVELS = ("Euler", "Heun", "KDPM2", "DPMSolverSDE", "DPMPlusPlus2S", "Restart", "LMS")
 """How the schedulers are called whose latents are the picture plus noise, not a share of each."""
 TWICE_A_STEP = ("Heun", "KDPM2", "DPMSolverSDE", "DPMPlusPlus2S")
 SKIPPING = ("DPM2", "DPM2 a", "DPM++ 3M SDE")
@@ -264,6 +265,50 @@ def test_a_singlestep_solver_with_noise_is_the_papers(tiny_base, shape, schedule
     evaluated = np.log(np.repeat(levels[:-1], 2)[1:])
     places = np.interp(evaluated, np.log(sigmas_of(sampler.alphas_cumprod.numpy())), np.arange(1000))
     np.testing.assert_allclose(sampler.timesteps.numpy(), places, atol=0.02)
+
+
+def karras(count, high, low):
+    """Karras et al. 2022, eq. 5."""
+    ends = high ** (1 / 7), low ** (1 / 7)
+    return [(ends[0] + n / (count - 1) * (ends[1] - ends[0])) ** 7 for n in range(count)]
+
+
+def nearest(levels, level):
+    return min(levels, key=lambda one: abs(one - level))
+
+
+def restart(x, levels, times, steps, noise):
+    """Xu et al. 2023, algorithm 1, with Heun's steps: from about 0.1 up to about 2, and down again in so many steps."""
+    low, high = nearest(levels, 0.1), nearest(levels, 2.0)
+    down = [level for level in levels if level >= low]
+    x = heun(x, down)
+    for _ in range(times):
+        x = x + math.sqrt(high**2 - low**2) * noise()
+        x = heun(x, karras(steps + 1, high, low))
+    return heun(x, [*levels[len(down) - 1 :], 0.0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_levels", "times", "steps"),
+    [(19, 19, 0, 0), (20, 11, 1, 9), (35, 26, 1, 9), (36, 18, 2, 9), (50, 26, 2, 12)],
+)
+def test_restarts_are_the_papers(make, asked, on_levels, times, steps):
+    """So many steps are asked for, and so many go down the levels of Karras' schedule, as AUTOMATIC1111 deals them out."""
+    sampler, x = make("Restart", ""), torch.ones(1, 4, 2, 2)
+    found = sample(sampler, asked, x, torch.Generator().manual_seed(7))
+    training = sigmas_of(sampler.alphas_cumprod.numpy())
+    levels, drawn = karras(on_levels, training[-1], training[0]), torch.Generator().manual_seed(7)
+    expected = restart(x * levels[0], levels, times, steps, lambda: torch.randn(x.shape, generator=drawn))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert len(sampler.timesteps) == 2 * asked - 1
+
+
+def test_no_restart_leads_above_where_the_levels_begin():
+    levels = np.array(karras(20, 0.9, 0.03))
+    steps = list(restart_steps(levels))
+    assert len(steps) == 20 and max(start for start, _ in steps) == levels[0]
+    assert [start for start, _ in steps].count(levels[0]) == 2  # at first, and in place of 2
+    assert all(start > end for start, end in restart_steps(levels / 10))
 
 
 @pytest.mark.parametrize("name", [*WITH_TREES, "DPM++ 2S a"])

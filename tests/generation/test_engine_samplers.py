@@ -203,7 +203,7 @@ def test_samplers_work_in_half_precision(tiny_folder, shape, precision):
 
 
 @pytest.mark.parametrize("shape", ["sd1"])
-@pytest.mark.parametrize("name", ["DPM2 a", "DPM++ SDE", "DPM++ 2S a", "LMS", "UniPC", "PLMS"])
+@pytest.mark.parametrize("name", ["DPM2 a", "DPM++ SDE", "DPM++ 2S a", "Restart", "LMS", "UniPC", "PLMS"])
 def test_a_sampler_begins_anew_after_a_cancelled_picture(engine, name):
     expected = picture(engine, sampler=name)
 
