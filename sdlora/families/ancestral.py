@@ -19,6 +19,9 @@ class DPMPlusPlus2SAncestralScheduler(KDPM2AncestralDiscreteScheduler):
     there and down is the solver's for the denoised picture. The last step has one evaluation and ends in its picture.
     """
 
+    timesteps: Any
+    sample: Any
+
     def set_timesteps(self, num_inference_steps: int, *arguments: Any, **options: Any) -> None:
         """The sampler is set to so many steps, with timesteps between whole ones where the levels are."""
         super().set_timesteps(num_inference_steps, *arguments, **options)

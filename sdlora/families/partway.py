@@ -31,6 +31,14 @@ def last_steps(made: Any, steps: int, run: int) -> torch.Tensor:
     return timesteps[first:] if run else timesteps[:0]
 
 
+def levels_fall(made: Any) -> bool:
+    """Return whether the sampler can make the steps it was set to: multistep solvers divide by how far each leads."""
+    if not type(made).__name__.endswith("MultistepScheduler"):
+        return True
+    falling: torch.Tensor = made.sigmas.diff() < 0
+    return bool(falling.all())
+
+
 def as_noisy(made: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """Return clean latents with the noise at which the sampler's next evaluation, at that timestep [1], is made."""
     level = _half_way(made)

@@ -26,6 +26,8 @@ class RestartScheduler(HeunDiscreteScheduler):
     Where one begins at more noise than the one before has ended, that noise is drawn in between.
     """
 
+    timesteps: Any
+
     def set_timesteps(self, num_inference_steps: int, device: Any = None, *arguments: Any, **options: Any) -> None:
         """The sampler is set to so many steps, those after restarts counted."""
         super().set_timesteps(num_inference_steps, device, *arguments, **options)

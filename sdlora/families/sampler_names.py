@@ -27,6 +27,8 @@ _ANY = tuple(name for name in SCHEDULES if name != AUTOMATIC)
 _ANY_BUT_BETA = tuple(name for name in _ANY if name != "Beta")
 """For samplers whose second last level is left out: Beta's last two are far apart, and the last step would be too long."""
 _OF_TIMESTEPS = ("DDIM", "Trailing")
+DDIM_MOST_STEPS = 999
+"""The schedule DDIM counts timesteps from 1, and so has none for 1000."""
 
 
 @dataclass(frozen=True)

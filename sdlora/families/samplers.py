@@ -26,7 +26,6 @@ _EXPONENTIAL = {"use_exponential_sigmas": True}
 _TRAILING = {"timestep_spacing": "trailing"}
 _ONLY_TRAILING = {"Trailing": _TRAILING}
 _MULTISTEP: Mapping[str, Mapping[str, Any]] = {
-    "SGM Uniform": {},
     "Karras": _KARRAS,
     "Exponential": _EXPONENTIAL,
     "Polyexponential": _EXPONENTIAL,

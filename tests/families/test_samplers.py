@@ -341,6 +341,13 @@ def test_many_steps_that_share_timesteps_begin_at_the_first(base):
         assert found == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "schedule"), [("UniPC", "SGM Uniform"), ("UniPC", "Karras"), ("DPM++ 2M", "SGM Uniform")]
+)
+def test_as_many_steps_as_timesteps_find_the_data(make, name, schedule):
+    assert sample(make(name, schedule), 1000, torch.ones(1, 1, 1, 1)).item() == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_name_means_the_same_whatever_the_base_ships(base):
     before = dict(base.sampler_config)
     try:
