@@ -27,6 +27,8 @@ _ANY = tuple(name for name in SCHEDULES if name != AUTOMATIC)
 _ANY_BUT_BETA = tuple(name for name in _ANY if name != "Beta")
 """For samplers whose second last level is left out: Beta's last two are far apart, and the last step would be too long."""
 _OF_TIMESTEPS = ("DDIM", "Trailing")
+DDIM_MOST_STEPS = 999
+"""The schedule DDIM counts timesteps from 1, and so has none for 1000."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ SAMPLERS: Mapping[str, SamplerTraits] = {
     "DPM++ SDE": SamplerTraits(
         "Karras", "two evaluations a step, new noise in each; for few steps", begins_at_pure_noise=False
     ),
+    "DPM++ 2S a": SamplerTraits(
+        "Karras", "two evaluations a step, new noise behind it (Lu et al. 2022)", begins_at_pure_noise=False
+    ),
     "Euler a": SamplerTraits("Uniform", "new noise in every step; soft, changes with the number of steps"),
     "Euler": SamplerTraits("Uniform", "the simplest (Karras et al. 2022, algorithm 1 without its second order)"),
     "Heun": SamplerTraits(
@@ -60,6 +65,12 @@ SAMPLERS: Mapping[str, SamplerTraits] = {
     ),
     "DPM2 a": SamplerTraits(
         "Karras", "the same with new noise in every step", _ANY_BUT_BETA, begins_at_pure_noise=False
+    ),
+    "Restart": SamplerTraits(
+        "Karras",
+        "Heun's steps; with 20 and more, up again and down once more (Xu et al. 2023)",
+        ("Karras",),
+        begins_at_pure_noise=False,
     ),
     "LMS": SamplerTraits(
         "Uniform", "a polynomial through the last four slopes, as k-diffusion has it", begins_at_pure_noise=False
@@ -100,10 +111,8 @@ OF_SCHEDULERS: Mapping[str, str] = {
 """diffusers' scheduler, as bases name theirs -> the sampler that people call it."""
 
 _NEAREST = {
-    "DPM++ 2S a": "DPM++ SDE",
     "DPM fast": "DPM++ 2M",
     "DPM adaptive": "DPM++ 2M",
-    "Restart": "Heun",
     "DDIM CFG++": "DDIM",
     "DEIS": "DPM++ 2M",
     "IPNDM": "PLMS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,6 @@ _EXPONENTIAL = {"use_exponential_sigmas": True}
 _TRAILING = {"timestep_spacing": "trailing"}
 _ONLY_TRAILING = {"Trailing": _TRAILING}
 _MULTISTEP: Mapping[str, Mapping[str, Any]] = {
-    "SGM Uniform": {},
     "Karras": _KARRAS,
     "Exponential": _EXPONENTIAL,
     "Polyexponential": _EXPONENTIAL,
@@ -58,19 +58,29 @@ class _Kind:
     """Whether one step more is planned, and the last but one left out, as AUTOMATIC1111 does with some."""
 
 
-_MULTI = "DPMSolverMultistepScheduler"
+_OURS = {
+    "SeededSdeScheduler": "brownian",
+    "SeededMultistepScheduler": "brownian",
+    "DPMPlusPlus2SAncestralScheduler": "ancestral",
+    "RestartScheduler": "restart",
+}
+"""Scheduler of ours -> its module, which is imported when it is needed: what some need is slow to import."""
+_MULTI, _MULTI_SDE = "DPMSolverMultistepScheduler", "SeededMultistepScheduler"
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
+_THIRD_SDE = _SDE | {"solver_order": 3, "solver_type": "heun", "lower_order_final": False}
 _KINDS = {
     "DPM++ 2M": _Kind(_MULTI, {"algorithm_type": "dpmsolver++"}, _MULTISTEP),
-    "DPM++ 2M SDE": _Kind(_MULTI, _SDE, _MULTISTEP),
-    "DPM++ 2M SDE Heun": _Kind(_MULTI, _SDE | {"solver_type": "heun"}, _MULTISTEP),
-    "DPM++ 3M SDE": _Kind(_MULTI, _SDE | {"solver_order": 3, "lower_order_final": False}, skips_second_last=True),
+    "DPM++ 2M SDE": _Kind(_MULTI_SDE, _SDE, _MULTISTEP),
+    "DPM++ 2M SDE Heun": _Kind(_MULTI_SDE, _SDE | {"solver_type": "heun"}, _MULTISTEP),
+    "DPM++ 3M SDE": _Kind(_MULTI_SDE, _THIRD_SDE, skips_second_last=True),
     "Euler a": _Kind("EulerAncestralDiscreteScheduler"),
     "Euler": _Kind("EulerDiscreteScheduler"),
     "Heun": _Kind("HeunDiscreteScheduler"),
     "DPM2": _Kind("KDPM2DiscreteScheduler", skips_second_last=True),
     "DPM2 a": _Kind("KDPM2AncestralDiscreteScheduler", skips_second_last=True),
-    "DPM++ SDE": _Kind("DPMSolverSDEScheduler"),
+    "DPM++ SDE": _Kind("SeededSdeScheduler"),
+    "DPM++ 2S a": _Kind("DPMPlusPlus2SAncestralScheduler"),
+    "Restart": _Kind("RestartScheduler", own={}),
     "LMS": _Kind("LMSDiscreteScheduler"),
     "UniPC": _Kind("UniPCMultistepScheduler", {"solver_order": 3}, _MULTISTEP),
     "DDIM": _Kind("DDIMScheduler", _DDIM, _LEADING),
@@ -117,17 +127,19 @@ def _make(base: LoadedBase, name: str, schedule: str, zero_snr: bool) -> Any:
 
 
 def _scheduler(name: str) -> type[Any]:
-    if name == "DPMSolverSDEScheduler":
-        from sdlora.families.brownian import SeededSdeScheduler  # what it needs is slow to import
-
-        return SeededSdeScheduler
-    found: type[Any] = getattr(diffusers, name)
+    home = importlib.import_module(f"sdlora.families.{_OURS[name]}") if name in _OURS else diffusers
+    found: type[Any] = getattr(home, name)
     return found
 
 
 def settings_of(made: Any) -> dict[str, Any]:
-    """Return the settings of what `make_sampler` returned, for a recipe, where Karras' schedule is Karras' alone."""
+    """Return the settings of what `make_sampler` returned, for a recipe.
+
+    Karras' schedule is Karras' alone there, and noise that is not drawn from the generators by turns is named.
+    """
     settings = dict(made.config)
+    if getattr(made, "draws_from_trees", False):
+        settings["noise"] = "Brownian tree"
     if settings.get("use_karras_sigmas") and schedule_of(made):
         settings["use_karras_sigmas"] = schedule_of(made) == "Karras"
     return settings

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from sdlora.errors import ConfigError
-from sdlora.families.sampler_names import SAMPLERS
+from sdlora.families.sampler_names import DDIM_MOST_STEPS, SAMPLERS
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, UsedHires
 from sdlora.generation.source import MAX_SIDE
 from sdlora.generation.upscaler import check_upscaler
@@ -15,8 +15,6 @@ from sdlora.storage import sha256_of_file, user_path
 
 _MOST_STRENGTH = 0.999
 """At more, as in AUTOMATIC1111, no step would be left out."""
-_MOST_STEPS = 999
-"""The schedule DDIM counts timesteps from 1, and so has none for 1000."""
 _STEP = 8
 
 
@@ -42,7 +40,7 @@ class Hires:
     def scheduled_steps(self) -> int:
         """How many steps a sampler is set to so that the last `used.steps` of them begin at the strength."""
         share = min(self.used.strength, _MOST_STRENGTH)
-        return min(max(int(self.used.steps / share), self.used.steps), _MOST_STEPS) if share else self.used.steps
+        return min(max(int(self.used.steps / share), self.used.steps), DDIM_MOST_STEPS) if share else self.used.steps
 
     @property
     def run_steps(self) -> int:

@@ -13,6 +13,7 @@ from PIL import Image
 from sdlora.adapters.inject import has_float32_adapter
 from sdlora.errors import ConfigError, GenerationError
 from sdlora.families.base import LoadedBase, PromptStyle, autocast
+from sdlora.families.partway import last_steps, levels_fall
 from sdlora.families.samplers import make_sampler
 from sdlora.generation.asked import Asked
 from sdlora.generation.batches import wants_zero_snr
@@ -137,7 +138,7 @@ class Renderer:
         counts = []
         for steps, run in passes:
             _plan(scheduler, steps)
-            counts.append(len(scheduler.timesteps) - (steps - run) * scheduler.order if run else 0)
+            counts.append(len(last_steps(scheduler, steps, run)))
         return counts
 
     def _fast_unet(self, acting: Sequence[Acting]) -> AbstractContextManager[None]:
@@ -153,10 +154,10 @@ class Renderer:
 
 
 def _plan(scheduler: Any, steps: int) -> None:
-    """The sampler is set to so many steps. Raises ConfigError where it has no timesteps for so many."""
+    """The sampler is set to so many steps. Raises ConfigError where it has no timesteps or levels for so many."""
     try:
         scheduler.set_timesteps(steps)
-        fits = float(scheduler.timesteps.max()) < scheduler.config.num_train_timesteps
+        fits = float(scheduler.timesteps.max()) < scheduler.config.num_train_timesteps and levels_fall(scheduler)
     except ValueError:  # of LCM, whose steps are some of those that it was distilled with
         fits = False
     if not fits:

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_
 from sdlora.adapters.blocks import parse_block_weights
 from sdlora.config import Section, validated
 from sdlora.errors import FormatError
-from sdlora.families.sampler_names import SAMPLERS, sampler_and_schedule
+from sdlora.families.sampler_names import DDIM_MOST_STEPS, SAMPLERS, sampler_and_schedule
 from sdlora.generation.prompt_plan import Emphases
 from sdlora.generation.step_weights import parse_step_weights
 
@@ -181,6 +181,10 @@ class GenerationRequest(Section):
     def _steps_for_the_sampler(self) -> GenerationRequest:
         if self.sampler and self.steps > (most := SAMPLERS[self.sampler].most_steps):
             raise ValueError(f"steps is {self.steps}; the sampler {self.sampler} takes at most {most}")
+        if self.schedule == "DDIM" and self.steps > DDIM_MOST_STEPS:
+            raise ValueError(
+                f"steps is {self.steps}; the schedule DDIM, which counts from 1, has at most {DDIM_MOST_STEPS}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sdlora.families.partway import as_noisy, last_steps
 from sdlora.generation.inpaint import Canvas, latent_mask
 from sdlora.generation.request import MaskedContent
 from sdlora.generation.vae import Vae
@@ -30,21 +31,18 @@ class Start:
 
     def begun(self, scheduler: Any, noise: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the noisy latents, and the timesteps that are to run of those that were set for `steps` steps."""
-        first = max(steps - self.steps, 0) * scheduler.order
-        timesteps: torch.Tensor = scheduler.timesteps[first:]
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
+        timesteps = last_steps(scheduler, steps, self.steps)
         if not self.steps:
-            return self.latents, timesteps[:0]
+            return self.latents, timesteps
         if self.from_noise:
             return noise * scheduler.init_noise_sigma, timesteps
         return scheduler.add_noise(self.latents, noise, timesteps[:1].repeat(len(noise))), timesteps
 
     def kept(self, scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-        """Return the latents with what stays put back, as noisy as the step that follows expects; [0] timesteps: none does."""
+        """Return the latents with what stays put back, as noisy as the evaluation that follows expects; [0] timesteps: none does."""
         if self.anew is None:
             return latents
-        own = scheduler.add_noise(self.latents, noise, following[:1]) if len(following) else self.latents
+        own = as_noisy(scheduler, self.latents, noise, following[:1]) if len(following) else self.latents
         return ((1 - self.anew) * own + self.anew * latents).to(latents.dtype)
 
 

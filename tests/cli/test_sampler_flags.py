@@ -27,8 +27,9 @@ def test_the_flags_reach_the_picture(tiny_folder, tmp_path: Path, capsys: pytest
 
 def test_a_wrong_name_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     usual = ["generate", "--base", "tiny", "--prompt", "x", "--out", str(tmp_path / "none")]
-    assert cli.main([*usual, "--sampler", "Restart"]) == 2
+    assert cli.main([*usual, "--sampler", "DPM adaptive"]) == 2
     assert capsys.readouterr().err == (
-        "ConfigError: request: sampler is 'Restart'; the sampler Restart is not offered; the nearest is Heun\n"
+        "ConfigError: request: sampler is 'DPM adaptive'; the sampler DPM adaptive is not offered; the nearest is "
+        "DPM++ 2M\n"
     )
     assert not (tmp_path / "none").exists()

@@ -15,12 +15,16 @@ import torch
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
 from sdlora.errors import ConfigError
+from sdlora.families.restart import restart_steps
 from sdlora.families.sampler_names import AUTOMATIC, OF_SCHEDULERS, SAMPLERS
 from sdlora.families.samplers import make_sampler, schedule_of, settings_of
 from sdlora.families.sigmas import sigma_table, sigmas_of
 
 PAIRS = [(name, schedule) for name, traits in SAMPLERS.items() for schedule in traits.schedules]
-WITH_LEVELS = [pair for pair in PAIRS if pair[0] not in ("DDIM", "PLMS", "DDPM")]
+WITH_LEVELS = [pair for pair in PAIRS if pair[0] not in ("DDIM", "PLMS", "DDPM", "Restart")]
+OF_NOISE_LEVELS = ("Euler", "Heun", "KDPM2", "DPMSolverSDE", "DPMPlusPlus2S", "Restart", "LMS")
+"""How the schedulers are called whose latents are the picture plus noise, not a share of each."""
+TWICE_A_STEP = ("Heun", "KDPM2", "DPMSolverSDE", "DPMPlusPlus2S")
 SKIPPING = ("DPM2", "DPM2 a", "DPM++ 3M SDE")
 """Of these the level before the last is left out."""
 
@@ -43,25 +47,28 @@ def denoised(x, sigma):
     return x / (1 + 4 * sigma**2)
 
 
-def sample(sampler, steps: int, x: torch.Tensor) -> torch.Tensor:
+def sample(sampler, steps: int, x: torch.Tensor, generator=None) -> torch.Tensor:
     """Return what the sampler makes of the noise x with a base that knows the data."""
     sampler.set_timesteps(steps)
     if hasattr(sampler, "set_begin_index"):
         sampler.set_begin_index(0)
-    generator = torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator().manual_seed(0)
     options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
     levels = sigmas_of(sampler.alphas_cumprod.numpy())
     x = x * sampler.init_noise_sigma
     for timestep in sampler.timesteps:
         inputs = sampler.scale_model_input(x, timestep)
-        if type(sampler).__name__.startswith(("Euler", "Heun", "KDPM2", "DPMSolverSDE", "LMS")):
+        if type(sampler).__name__.startswith(OF_NOISE_LEVELS):
             sigma = ((x[0] / inputs[0]) ** 2 - 1).sqrt()
         elif getattr(sampler, "step_index", None) is not None or hasattr(sampler, "sigmas"):
             sigma = sampler.sigmas[sampler.step_index or 0]
         else:
             sigma = torch.tensor(levels[int(timestep)])
         noisy = inputs * (1 + sigma**2).sqrt()
-        predicted = (noisy - denoised(noisy, sigma)) / sigma
+        if sampler.config.prediction_type == "v_prediction":
+            predicted = (noisy / (1 + sigma**2) - denoised(noisy, sigma)) * (1 + sigma**2).sqrt() / sigma
+        else:
+            predicted = (noisy - denoised(noisy, sigma)) / sigma
         x = sampler.step(predicted.float(), timestep, x, **options, return_dict=False)[0]
     return x
 
@@ -77,7 +84,7 @@ def test_the_levels_are_the_formulas(make, name, schedule, steps):
     else:
         expected = sigma_table(schedule, steps, training)
     found = sampler.sigmas.numpy()
-    if type(sampler).__name__.startswith(("Heun", "KDPM2", "DPMSolverSDE")):
+    if type(sampler).__name__.startswith(TWICE_A_STEP):
         found = np.concatenate([found[:1], found[1::2]])[: steps + 1]
     assert len(found) == steps + 1 and found[-1] == 0
     # Some samplers round to whole timesteps, so that is where they are compared.
@@ -168,30 +175,157 @@ def dpm_plus_sde(x, levels, noise):
     return x
 
 
+def multistep_sde(x, levels, noise, order=2, weight_of_slope=None):
+    """Lu et al. 2022 b, algorithm 2 with noise (eq. 14), in x / alpha, by the integrals over a step of its decay times t^k.
+
+    Targets are taken as a polynomial in the time of the step. `weight_of_slope` is what the midpoint rule takes for
+    the integral at k = 1.
+    """
+    times, targets = [], []
+    for sigma, following in itertools.pairwise(levels):
+        times.append(-math.log(sigma))
+        targets.append(denoised(x, sigma))
+        if following == 0:
+            return targets[-1]
+        h = -math.log(following) - times[-1]
+        u = 2 * h
+        integrals = [1 - math.exp(-u), 1 - (1 - math.exp(-u)) / u]  # of 1 and of t / h
+        integrals.append(1 - 2 / u + 2 * (1 - math.exp(-u)) / u**2)  # of (t / h)^2
+        change = integrals[0] * targets[-1]
+        if len(targets) > 1 and (order == 2 or len(targets) == 2):
+            slope = (targets[-1] - targets[-2]) / (times[-1] - times[-2]) * h
+            change = change + (weight_of_slope(u) if weight_of_slope else integrals[1]) * slope
+        elif len(targets) > 2:
+            # Through three points: f + s t + b t^2 at t / h, f at 0.
+            ts = [(time - times[-1]) / h for time in times[-3:-1]]
+            fs = [target - targets[-1] for target in targets[-3:-1]]
+            bend = (fs[0] / ts[0] - fs[1] / ts[1]) / (ts[0] - ts[1])
+            slope = fs[1] / ts[1] - bend * ts[1]
+            change = change + integrals[1] * slope + integrals[2] / 2 * bend  # half of it, as in k-diffusion
+        up = following * math.sqrt(1 - math.exp(-u))
+        x = math.exp(-u) * x + change + up * noise(torch.tensor(sigma), torch.tensor(following))
+
+
+WITH_TREES = {
+    "DPM++ SDE": dpm_plus_sde,
+    "DPM++ 2M SDE": functools.partial(multistep_sde, weight_of_slope=lambda u: (1 - math.exp(-u)) / 2),
+    "DPM++ 2M SDE Heun": multistep_sde,
+    "DPM++ 3M SDE": functools.partial(multistep_sde, order=3),
+}
+
+
+@pytest.mark.parametrize("name", WITH_TREES)
 @pytest.mark.parametrize("schedule", ["Karras", "Simple"])
 @pytest.mark.filterwarnings("ignore:Should have t")
-def test_steps_with_noise_of_a_tree_are_the_papers(make, schedule):
-    sampler, x = make("DPM++ SDE", schedule), torch.ones(1, 4, 2, 2)
-    found = sample(sampler, 6, x)
+def test_steps_with_noise_of_a_tree_are_the_papers(make, name, schedule):
+    """The noise is what k-diffusion draws from a tree of the picture's seed between the levels of a step."""
+    sampler, x = make(name, schedule), torch.ones(1, 4, 2, 2)
+    found = sample(sampler, 6, x, torch.Generator().manual_seed(31))
+    count = 7 if name in SKIPPING else 6
+    levels = [*sigma_table(schedule, count, sigmas_of(sampler.alphas_cumprod.numpy()))[:6].tolist(), 0.0]
+    noise = BrownianTreeNoiseSampler(x, levels[-2], levels[0], [31])
+    first = levels[0] if name == "DPM++ SDE" else math.sqrt(1 + levels[0] ** 2)  # the library starts at a variance of 1
+    torch.testing.assert_close(found, WITH_TREES[name](x * first, levels, noise), rtol=2e-3, atol=2e-3)
+    assert settings_of(sampler)["noise"] == "Brownian tree"
+
+
+def test_a_single_step_has_no_noise(make):
+    x = torch.ones(1, 1, 1, 1)
+    for name in WITH_TREES:
+        sampler = make(name, "Karras")
+        sigma = sigma_table("Karras", 1, sigmas_of(sampler.alphas_cumprod.numpy())).item()
+        assert sample(sampler, 1, x).item() == pytest.approx(denoised(sigma, sigma), rel=5e-3)
+
+
+def dpm_plus_2s_a(x, levels, noise):
+    """Lu et al. 2022 b, algorithm 1 at r = 1/2 in x / alpha, down to the level from which the step's noise leads up."""
+    for sigma, following in itertools.pairwise(levels):
+        first = denoised(x, sigma)
+        if following == 0:
+            return first
+        up = math.sqrt(following**2 * (sigma**2 - following**2) / sigma**2)
+        down = math.sqrt(following**2 - up**2)
+        h = math.log(sigma / down)
+        middle = sigma * math.exp(-h / 2)
+        there = middle / sigma * x - math.expm1(-h / 2) * first
+        x = down / sigma * x - math.expm1(-h) * denoised(there, middle) + up * noise()
+
+
+@pytest.mark.parametrize("schedule", ["Karras", "Simple"])
+@pytest.mark.parametrize("shape", ["sd1", "sd2"])
+def test_a_singlestep_solver_with_noise_is_the_papers(tiny_base, shape, schedule):
+    """sd2 predicts v."""
+    sampler, x = make_sampler(tiny_base(shape), "DPM++ 2S a", schedule), torch.ones(1, 4, 2, 2)
+    found = sample(sampler, 6, x, torch.Generator().manual_seed(7))
     levels = [*sigma_table(schedule, 6, sigmas_of(sampler.alphas_cumprod.numpy())).tolist(), 0.0]
-    noise = BrownianTreeNoiseSampler(x, levels[-2], levels[0], [0])
-    torch.testing.assert_close(
-        found, dpm_plus_sde(x * float(sampler.init_noise_sigma), levels, noise), rtol=2e-3, atol=2e-3
-    )
+    drawn = torch.Generator().manual_seed(7)
+    expected = dpm_plus_2s_a(x * levels[0], levels, lambda: torch.randn(x.shape, generator=drawn))
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    # The second evaluation is at the next level n: down from s to n^2 / s, whose middle is sqrt(s n^2 / s).
+    evaluated = np.log(np.repeat(levels[:-1], 2)[1:])
+    places = np.interp(evaluated, np.log(sigmas_of(sampler.alphas_cumprod.numpy())), np.arange(1000))
+    np.testing.assert_allclose(sampler.timesteps.numpy(), places, atol=0.02)
 
 
-def test_each_picture_of_a_batch_has_its_own_tree(make):
-    sampler = make("DPM++ SDE", "Karras")
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+def karras(count, high, low):
+    """Karras et al. 2022, eq. 5."""
+    ends = high ** (1 / 7), low ** (1 / 7)
+    return [(ends[0] + n / (count - 1) * (ends[1] - ends[0])) ** 7 for n in range(count)]
 
-    def stepped(x, generators):
+
+def nearest(levels, level):
+    return min(levels, key=lambda one: abs(one - level))
+
+
+def restart(x, levels, times, steps, noise):
+    """Xu et al. 2023, algorithm 1, with Heun's steps: from about 0.1 up to about 2, and down again in so many steps."""
+    low, high = nearest(levels, 0.1), nearest(levels, 2.0)
+    down = [level for level in levels if level >= low]
+    x = heun(x, down)
+    for _ in range(times):
+        x = x + math.sqrt(high**2 - low**2) * noise()
+        x = heun(x, karras(steps + 1, high, low))
+    return heun(x, [*levels[len(down) - 1 :], 0.0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_levels", "times", "steps"),
+    [(19, 19, 0, 0), (20, 11, 1, 9), (35, 26, 1, 9), (36, 18, 2, 9), (50, 26, 2, 12)],
+)
+def test_restarts_are_the_papers(make, asked, on_levels, times, steps):
+    """So many steps are asked for, and so many go down the levels of Karras' schedule, as AUTOMATIC1111 deals them out."""
+    sampler, x = make("Restart", ""), torch.ones(1, 4, 2, 2)
+    found = sample(sampler, asked, x, torch.Generator().manual_seed(7))
+    training = sigmas_of(sampler.alphas_cumprod.numpy())
+    levels, drawn = karras(on_levels, training[-1], training[0]), torch.Generator().manual_seed(7)
+    expected = restart(x * levels[0], levels, times, steps, lambda: torch.randn(x.shape, generator=drawn))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert len(sampler.timesteps) == 2 * asked - 1
+
+
+def test_no_restart_leads_above_where_the_levels_begin():
+    levels = np.array(karras(20, 0.9, 0.03))
+    steps = list(restart_steps(levels))
+    assert len(steps) == 20 and max(start for start, _ in steps) == levels[0]
+    assert [start for start, _ in steps].count(levels[0]) == 2  # at first, and in place of 2
+    assert all(start > end for start, end in restart_steps(levels / 10))
+
+
+@pytest.mark.parametrize("name", [*WITH_TREES, "DPM++ 2S a"])
+def test_each_picture_of_a_batch_has_its_own_noise(make, name):
+    sampler = make(name, "Karras")
+
+    def stepped(x, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         sampler.set_timesteps(4)
         sampler.set_begin_index(0)
-        return sampler.step(0.1 * x, sampler.timesteps[0], x, generator=generators, return_dict=False)[0]
+        for timestep in sampler.timesteps[:2]:
+            x = sampler.step(0.1 * x, timestep, x, generator=generators, return_dict=False)[0]
+        return x
 
     x = torch.ones(2, 4, 2, 2)
-    both = stepped(x, generators)
-    assert torch.equal(both[1:], stepped(x[1:], generators[1:]))
+    both = stepped(x, (5, 6))
+    assert torch.equal(both[1:], stepped(x[1:], (6,)))
     assert not torch.equal(both[0], both[1])
 
 
@@ -205,6 +339,13 @@ def test_many_steps_that_share_timesteps_begin_at_the_first(base):
     for schedule in ("Beta", "Karras"):
         found = sample(make_sampler(base, "DPM++ 2M", schedule), 300, torch.ones(1, 1, 1, 1)).item()
         assert found == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"), [("UniPC", "SGM Uniform"), ("UniPC", "Karras"), ("DPM++ 2M", "SGM Uniform")]
+)
+def test_as_many_steps_as_timesteps_find_the_data(make, name, schedule):
+    assert sample(make(name, schedule), 1000, torch.ones(1, 1, 1, 1)).item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_name_means_the_same_whatever_the_base_ships(base):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from engine_help import ask, make, pixels, same, using
+from every_family import one_family
 
 from sdlora.adapters.write import write_adapter
 from sdlora.config import BaseSection
@@ -26,12 +27,8 @@ THEIRS = {
     "Euler": ("EulerDiscreteScheduler", LINSPACE),
     "Euler a": ("EulerAncestralDiscreteScheduler", LINSPACE),
     "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", LINSPACE | {"use_karras_sigmas": True}),
-    "DPM++ 2M SDE": (
-        "DPMSolverMultistepScheduler",
-        LINSPACE | {"use_exponential_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
-    ),
     "Heun": ("HeunDiscreteScheduler", LINSPACE),
-    "UniPC": ("UniPCMultistepScheduler", LINSPACE | {"solver_order": 3}),
+    "UniPC Karras": ("UniPCMultistepScheduler", LINSPACE | {"solver_order": 3, "use_karras_sigmas": True}),
     "DDIM": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
 }
 """Sampler -> how their pipeline is set up for it."""
@@ -71,6 +68,24 @@ def test_more_steps_than_a_sampler_has_timesteps_are_refused(engine, sampler):
     """Counted from 1, the last of 1000 would be timestep 1000, which there is not."""
     with pytest.raises(ConfigError, match="Scheduler cannot make 1000 steps; choose fewer"):
         make(engine, ask(sampler=sampler, steps=1000))
+
+
+@one_family
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_more_steps_than_a_bases_own_solver_has_levels_are_refused(engine, scheduler):
+    """Two of 1000 would be equal, and the solver divides by what is between them."""
+    engine.base.sampler_config = {
+        **engine.base.sampler_config,
+        "_class_name": scheduler,
+        "timestep_spacing": "linspace",
+    }
+    with pytest.raises(ConfigError, match=f"{scheduler} cannot make 1000 steps; choose fewer"):
+        make(engine, ask(steps=1000))
+
+
+def test_steps_that_a_schedule_does_not_have_are_refused_before_a_base_is_read():
+    with pytest.raises(ConfigError, match="steps is 1000; the schedule DDIM, which counts from 1, has at most 999"):
+        ask(sampler="DPM++ 2M", schedule="DDIM", steps=1000)
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -119,7 +134,8 @@ def test_pictures_of_different_samplers_are_made_apart(engine):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "first", "all_"), [("Euler", 2, 4), ("Heun", 4, 7), ("DPM2 a", 4, 7), ("DPM++ 2M", 2, 4)]
+    ("sampler", "first", "all_"),
+    [("Euler", 2, 4), ("Heun", 4, 7), ("DPM2 a", 4, 7), ("DPM++ 2S a", 4, 7), ("DPM++ 2M", 2, 4)],
 )
 def test_a_prompt_changes_at_its_step_however_often_the_sampler_evaluates(engine, sampler, first, all_, monkeypatch):
     seen = []
@@ -206,7 +222,7 @@ def test_samplers_work_in_half_precision(tiny_folder, shape, precision):
 
 
 @pytest.mark.parametrize("shape", ["sd1"])
-@pytest.mark.parametrize("name", ["DPM2 a", "DPM++ SDE", "LMS", "UniPC", "PLMS"])
+@pytest.mark.parametrize("name", ["DPM2 a", "DPM++ SDE", "DPM++ 2S a", "Restart", "LMS", "UniPC", "PLMS"])
 def test_a_sampler_begins_anew_after_a_cancelled_picture(engine, name):
     expected = picture(engine, sampler=name)
 

@@ -75,8 +75,8 @@ def test_latents_are_enlarged_and_noised_with_the_seeds_first_draw(engine, monke
     assert torch.equal(second.latents, expected)
     ((noise, timestep),) = noises
     assert torch.equal(noise, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)))
-    # 2 steps at strength 0.5 are the last 2 of int(2 / 0.5) = 4; PNDM's own list of 4 begins at 751, 501, 501, 251, 1
-    assert timestep == 501
+    # 2 steps at strength 0.5 are the last 2 of int(2 / 0.5) = 4, which begin at 751, 501, 251 and 1.
+    assert timestep == 251
 
 
 def test_steps_are_those_that_run():
