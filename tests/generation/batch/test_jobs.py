@@ -97,6 +97,14 @@ def test_what_a_job_says_or_no_job_takes_is_refused_where_it_does_nothing(tmp_pa
     assert "jobs.txt: the default weight does nothing for any job; leave it out" in told
     assert "jobs.txt:2" not in told and "jobs.txt:3" not in told
     assert "hires_steps does nothing without hires_scale" in problem(None, defaults={"prompt": "a", "hires_steps": 3})
+    painted = write(tmp_path, "painted.txt", "a\nb --image x.png --mask m.png --masked_padding 8")
+    assert (
+        problem(painted)
+        == f"{painted}:2: masked_padding does nothing without inpaint_area 'only masked'; give that too, or "
+        "leave it out"
+    )
+    for area in ("only masked", "whole picture"):  # the second may be compared with the first
+        assert said(read_jobs(painted, {"inpaint_area": area}), "inpaint_area")[1] == (area,)
     axis = [parse_axis("strength=0.2,0.4")]
     assert "strength does nothing" in problem(None, defaults={"prompt": "a"}, grid=axis)
 
