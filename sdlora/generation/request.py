@@ -36,6 +36,7 @@ _IDLE_WITHOUT = {
     "hires_scale": ("hires_steps", "hires_strength", "hires_upscaler"),
 }
 """{setting: those that do nothing where it is left out}."""
+_MAYBE_IDLE = frozenset(name for names in _IDLE_WITHOUT.values() for name in names)
 _NEEDED = {"inpaint_area": "inpaint_area 'only masked'"}
 """What is to be given of a setting of which not any value will do."""
 
@@ -209,6 +210,8 @@ class GenerationRequest(Section):
 
 def idle_settings(values: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return {setting: those of the values that do nothing, since it is not among them}, each once."""
+    if _MAYBE_IDLE.isdisjoint(values):
+        return {}
     found: dict[str, list[str]] = {}
     idle: set[str] = set()
     for needed, names in _IDLE_WITHOUT.items():

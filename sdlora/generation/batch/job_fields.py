@@ -52,6 +52,7 @@ _LONGEST_NAME_BYTES = 200
 _SIZE = re.compile(r"\s*(\d+)\s*[x*×]\s*(\d+)\s*")
 
 
+@functools.lru_cache(maxsize=1024)  # a file says the same few names in every line
 def field_of(name: str) -> str:
     """Return the setting that people call so. Raises ConfigError that names the nearest for an unknown one."""
     plain = re.sub(r"[\s-]+", "_", name.strip().lower())

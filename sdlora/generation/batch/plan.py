@@ -30,7 +30,7 @@ from sdlora.generation.batches import neighbours
 from sdlora.generation.pictures import PNG, FileFormat
 from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, idle_settings
 from sdlora.generation.source import work_size
-from sdlora.storage import sha256_of_file, user_path
+from sdlora.storage import sha256_while_unchanged, user_path
 
 _NOT_THE_PICTURES = ("prompt", "negative_prompt", "seed", "count", "wildcards", "adapters")
 """Settings of a request that a picture's identity holds in another form."""
@@ -118,7 +118,6 @@ class _Planner:
         self._family = family
         self._shared = {"base": self.base_sha256, **{name: getattr(base, name) for name in _BASE_SETTINGS}}
         self._hash_of = functools.cache(self._checked_hash)
-        self._file_hash = functools.cache(lambda name: sha256_of_file(user_path(name)))
 
     def picture(self, job: Job, asked: Asked, number: int) -> Picture:
         """Return the picture that was asked for, whose file is known when all are. Raises as `plan_batch` does."""
@@ -146,7 +145,7 @@ class _Planner:
         given = request.model_dump(exclude_defaults=True, exclude=set(_NOT_THE_PICTURES))
         idle = {name for names in idle_settings(given).values() for name in names}
         values = {name: value for name, value in given.items() if name not in idle}
-        return {**values, **{name: self._file_hash(file) for name, file in files_of(values).items()}}
+        return {**values, **{name: sha256_while_unchanged(user_path(file)) for name, file in files_of(values).items()}}
 
     def _acting(self, choice: AdapterChoice) -> list[Any]:
         own = choice.text_encoder_weight
