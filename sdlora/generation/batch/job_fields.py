@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from sdlora.generation.adapter_text import parse_adapters
 from sdlora.generation.picture_names import FIELDS_OF_THE_MOMENT, template_fields
 from sdlora.generation.pictures import SUFFIXES
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, idle_settings
+from sdlora.storage import is_there, user_path
 
 BESIDE_REQUEST = ("weight", "size", "name")
 """What a job may say besides a request's settings: the weight of all its adapters, width and height, its file's name."""
@@ -97,6 +99,17 @@ def files_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Return {setting: file} of the values that name one; an upscaler may be one that is built in."""
     named = {name: values[name] for name in FILES if isinstance(values.get(name), str) and values[name]}
     return {name: file for name, file in named.items() if file not in (*LATENT_UPSCALERS, *PIXEL_UPSCALERS)}
+
+
+def place_of(name: str, folder: Path, here_first: bool = False) -> str:
+    """Return where that file or folder is: beside the jobs, in `folder`, or from here; unchanged where neither has it.
+
+    What a jobs file says is looked for beside it first, what the command line says from here first.
+    """
+    beside = folder / user_path(name)
+    if (here_first and is_there(user_path(name))) or not is_there(beside):
+        return name
+    return str(beside)
 
 
 def over(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
