@@ -42,6 +42,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/data.py --out benchmarks/results
 	$(BIN)/python benchmarks/buckets.py --out benchmarks/results
 	$(BIN)/python benchmarks/history.py --out benchmarks/results
+	$(BIN)/python benchmarks/batch_plan.py --out benchmarks/results
 
 # Hours, on two cores; what was run already is kept in runs/ablation.
 ablation: $(VENV)/.installed

@@ -47,19 +47,26 @@ _WORDS = (
     "dawn",
     "fog",
 )
+_CHARACTERS = "\u8d64\u3044\u5e3d\u5b50\u306e\u5973\u306e\u5b50\u304c\u591c\u306e\u6771\u4eac\u3092\u6b69\u304f\u7d75"
+"""Of Japanese, from which every fourth picture's prompt has some in a row."""
 _RARE = 997
 """Every so many pictures one shows what none of the others does."""
+_RARE_CHARACTERS = "\u9ed2\u3044\u732b"
 _BEGUN = 1_700_000_000
 _SECONDS_BETWEEN = 300
 
 
 def recipes(count: int) -> list[Recipe]:
-    """Return recipes as they come about: prompts of 6 to 40 words, up to two of 50 adapters, three bases."""
-    draw = random.Random(0)
+    """Return recipes as they come about: prompts of 6 to 40 words and some in Japanese, up to two of 50 adapters, three bases."""
+    draw, draw_characters = random.Random(0), random.Random(1)
     adapters = [UsedAdapter(f"style-{n}", f"{n:064x}", f"{n + 1000:064x}", 0.8) for n in range(50)]
     found = []
     for number in range(count):
-        words = draw.choices(_WORDS, k=draw.randint(6, 40)) + (["zorblin"] if number % _RARE == 0 else [])
+        words = draw.choices(_WORDS, k=draw.randint(6, 40))
+        if number % 4 == 0:
+            words.append("".join(draw_characters.choices(_CHARACTERS, k=draw_characters.randint(4, 30))))
+        if number % _RARE == 0:
+            words += ["zorblin", f"\u5927\u304d\u306a{_RARE_CHARACTERS}\u306e\u7d75"]
         base = draw.randrange(3)
         found.append(
             Recipe(
@@ -115,7 +122,11 @@ def searches(found: list[Recipe]) -> dict[str, dict[str, Any]]:
         "three words": {"prompt": "red cat watercolour"},
         "the beginning of a word": {"prompt": "water"},
         "words that no prompt has": {"prompt": "giraffe"},
-        "characters of a script without spaces": {"prompt": "\u732b"},
+        "characters of a script without spaces": {"prompt": "\u72ac"},
+        "such characters beside a word of every prompt": {"prompt": "\u72ac photo"},
+        "rare characters": {"prompt": _RARE_CHARACTERS},
+        "rare characters beside a common word": {"prompt": f"{_RARE_CHARACTERS} photo"},
+        "a character of most such prompts": {"prompt": "\u306e"},
         "an adapter by name": {"adapter": "style-7"},
         "an adapter by hash": {"adapter": f"{7:064x}"[-64:]},
         "a seed": {"seed": found[len(found) // 3].seed},
@@ -125,6 +136,7 @@ def searches(found: list[Recipe]) -> dict[str, dict[str, Any]]:
         "a week": {"since": day, "until": day + timedelta(days=7)},
         "a rare word, rated 4 or more": {"prompt": "zorblin", "rating": 4},
         "rated 4 or more": {"rating": 4},
+        "eighteen words": {"prompt": " ".join(_WORDS)},
         "everything of a word, counted": {"prompt": "river", "limit": 1, "offset": 10_000},
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -227,6 +228,17 @@ def sha256_of_file(path: Path, offset: int = 0) -> str:
     with path.open("rb") as file:
         file.seek(offset)
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_while_unchanged(path: Path) -> str:
+    """SHA-256 of the file's bytes; this process reads them again only where size or time of change differ."""
+    state = path.stat()
+    return _sha256_of_state(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _sha256_of_state(path: Path, changed_ns: int, length: int) -> str:
+    return sha256_of_file(path)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from sdlora.storage import (
     serialize_tensors,
     sha256_of_file,
     sha256_of_tensor_data,
+    sha256_while_unchanged,
     write_bytes,
     write_json,
     write_tensors,
@@ -43,6 +44,20 @@ TENSORS = {
 
 
 # --- writing -----------------------------------------------------------------------------------------
+
+
+def test_an_unchanged_file_is_hashed_once(tmp_path, monkeypatch):
+    read = []
+    real = storage.sha256_of_file
+    monkeypatch.setattr(storage, "sha256_of_file", lambda path: read.append(path) or real(path))
+    file = tmp_path / "a.png"
+    file.write_bytes(b"one")
+    for _ in range(3):
+        assert sha256_while_unchanged(file) == hashlib.sha256(b"one").hexdigest()
+    assert read == [file]
+    file.write_bytes(b"two")
+    os.utime(file, (1, 1))
+    assert sha256_while_unchanged(file) == hashlib.sha256(b"two").hexdigest()
 
 
 def test_atomic_path_replaces_the_file_and_leaves_nothing_else(tmp_path):

@@ -18,6 +18,7 @@ from sdlora.errors import ConfigError
 from sdlora.generation.asked import FindAdapter
 from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.grid import parse_axis
+from sdlora.generation.batch.job_fields import check_name
 from sdlora.generation.batch.jobs import read_jobs
 from sdlora.generation.batch.making import Standing, make_pictures, standing
 from sdlora.generation.batch.manifest import NAME, ManifestWriter, part_name, read_manifest, settle
@@ -25,6 +26,7 @@ from sdlora.generation.batch.plan import BatchPlan, Picture, in_groups, plan_bat
 from sdlora.generation.batch.ranks import Ranks, deal
 from sdlora.generation.batch.rate import measured_rate
 from sdlora.generation.batch.sheets import Layout, parse_layout, planes, write_contact_sheets, write_grids
+from sdlora.generation.picture_names import FIELDS, FIELDS_OF_THE_MOMENT, check_template
 from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable, user_path
 
@@ -93,7 +95,12 @@ def _prepare(options: argparse.Namespace, folder: Path, find_adapter: FindAdapte
     path = user_path(options.jobs) if options.jobs else None
     grid = [parse_axis(text) for text in options.grid]
     faults = Faults()
-    jobs = read_jobs(path, request_values(options), grid, find_adapter, faults)
+    defaults = request_values(options)
+    if options.name is not None:
+        check_template(options.name)
+        check_name(options.name)
+        defaults["name"] = options.name
+    jobs = read_jobs(path, defaults, grid, find_adapter, faults)
     plan = plan_batch(jobs, base_section(options), find_adapter, faults, file_format(options))
     layout = None
     if options.xyz is not None:
@@ -208,6 +215,12 @@ def _parser() -> argparse.ArgumentParser:
         "replace=red,green (search and replace in the prompt)",
     )
     parser.add_argument("--out", default="outputs", help="folder for pictures and manifest (default: outputs)")
+    fields = ", ".join(f"{{{field}}}" for field in FIELDS if field not in FIELDS_OF_THE_MOMENT)
+    parser.add_argument(
+        "--name",
+        metavar="TEMPLATE",
+        help=f"way to the files of jobs that name none, below that folder; fields are {fields}",
+    )
     add_format_flags(parser)
     parser.add_argument("--batch-size", type=int, default=4, help="pictures made at once (default: 4)")
     parser.add_argument("--sheet", action="store_true", help="write contact sheets of all pictures")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 from sdlora import History, make_request, save_picture
 from sdlora.cli.base_flags import add_base_flags, base_section
-from sdlora.cli.engine_flags import add_engine_flags, load_engine
+from sdlora.cli.engine_flags import add_engine_flags, load_engine, tell
 from sdlora.cli.format_flags import add_format_flags, file_format
 from sdlora.cli.generate_view import step_bar
 from sdlora.cli.request_flags import add_request_flags, request_values
@@ -56,8 +55,7 @@ def _generate(options: argparse.Namespace, request: GenerationRequest, folder: P
             history.add(path, recipe)
             rate = (time.perf_counter() - started) / number
             print(f"{path}  ({number} of {request.count}, {rate:.2f} s a picture)", flush=True)
-            for note in recipe.notes:
-                print(f"note: {note}", file=sys.stderr)
+            tell(recipe.notes)
     if options.verify:
         unchanged = engine.weights_sha256() == before
         print(f"base weights {'unchanged' if unchanged else 'CHANGED'}: {before}")

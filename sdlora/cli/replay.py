@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdlora.cli.engine_flags import add_offload_flag, tell
 from sdlora.errors import ConfigError, FormatError
 from sdlora.storage import check_writable, is_there, user_path
 
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of what the picture was made from (start, mask, upscaler), where that is not beside it",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: as the recipe says")
+    add_offload_flag(parser)
     parser.add_argument("--out", default="", metavar="FOLDER", help="keep the picture made again in this folder")
     parser.add_argument("--show", action="store_true", help="print what the picture says, and make nothing")
     return parser
@@ -84,7 +86,8 @@ def _replay(options: argparse.Namespace, picture: Path) -> int:
     named = _section(options) if options.base else None
     find = base_finder(named, user_path(options.models) if options.models else None, _say_hashing)
     inputs = input_finder([picture.parent, *([user_path(options.inputs)] if options.inputs else [])])
-    done = replay(picture, find, _by_hash(options.library), inputs, device=options.device)
+    done = replay(picture, find, _by_hash(options.library), inputs, device=options.device, offload=options.offload)
+    tell(done.notes)
     _keep(options, done, picture)
     for difference in done.differences:
         print(f"not the same: {difference}")
@@ -227,9 +230,11 @@ def _make(options: argparse.Namespace, request: GenerationRequest) -> int:
     section, folder = _section(options), user_path(options.out or "outputs")
     check_writable(folder)
     refuse_foreign_adapters(section, [choice.path for choice in request.adapters])
-    engine = Engine(section, device=options.device)
+    engine = Engine(section, device=options.device, offload=options.offload)
+    tell(engine.base.notes)
     for image, made in engine.generate(request):
         path = save_picture(image, made, folder / picture_path(made))
         History(folder).add(path, made)
         print(f"made: {path}")
+        tell(made.notes)
     return 0

@@ -116,9 +116,14 @@ class LatentDiffusion:
         return (pixels / 2 + 0.5).clamp(0, 1).masked_fill(~pixels.isfinite(), torch.nan)
 
 
+def sampler_class(config: Mapping[str, Any]) -> str:
+    """Return the name of the scheduler that a base's scheduler_config.json is of."""
+    return str(config.get("_class_name") or "PNDMScheduler")
+
+
 def sampler(base: LoadedBase) -> Any:
     """Return the scheduler that the base ships with, for making pictures. Raises ModelError where there is none."""
-    name = base.sampler_config.get("_class_name") or "PNDMScheduler"
+    name = sampler_class(base.sampler_config)
     kind = getattr(diffusers, name, None)
     where = f"{base.source.name}: its scheduler_config.json names the sampler {name}"
     if not (isinstance(kind, type) and hasattr(kind, "from_config") and name.endswith("Scheduler")):

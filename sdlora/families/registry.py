@@ -20,6 +20,7 @@ from sdlora.diffusion import Prediction
 from sdlora.errors import ConfigError, ModelError
 from sdlora.families.base import BaseParts, BaseSource, LoadedBase, ModelFamily
 from sdlora.families.detect import BaseFacts, detect_base, family_of, read_json
+from sdlora.families.latent import sampler_class
 from sdlora.families.prediction import measure_prediction
 from sdlora.families.quantize import quantize_linears
 from sdlora.families.sd import SD1, SD2
@@ -269,6 +270,12 @@ def declared_prediction(section: BaseSection) -> Prediction | None:
     if section.prediction != "auto":
         return section.prediction
     return detect_base(find_base(section), section.variant).prediction
+
+
+def own_sampler(section: BaseSection) -> str:
+    """Return the class of the sampler that the base ships with, without loading it. Raises ModelError where it names none."""
+    facts = detect_base(find_base(section), section.variant)
+    return sampler_class(_scheduler_config(section, facts, stored_weights(section, facts)))
 
 
 def usual_side(section: BaseSection) -> int:

@@ -97,6 +97,8 @@ def _choose(
     if request.emphasis == "none":
         return texts, request.adapters
     tagged = parse_tags(texts.prompt)
+    if not tagged.tags and tagged.text == texts.prompt:
+        return texts, request.adapters
     choices = {choice.path: choice for choice in request.adapters}
     for tag in tagged.tags:
         path = find(tag.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from sdlora.errors import ConfigError
@@ -11,7 +10,7 @@ from sdlora.families.sampler_names import DDIM_MOST_STEPS, SAMPLERS
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, UsedHires
 from sdlora.generation.source import MAX_SIDE
 from sdlora.generation.upscaler import check_upscaler
-from sdlora.storage import sha256_of_file, user_path
+from sdlora.storage import sha256_while_unchanged, user_path
 
 _MOST_STRENGTH = 0.999
 """At more, as in AUTOMATIC1111, no step would be left out."""
@@ -48,12 +47,6 @@ class Hires:
         return self.used.steps if self.used.strength else 0
 
 
-@lru_cache(maxsize=8)
-def _sha256(path: Path, changed_ns: int, length: int) -> str:
-    """Return a file's hash, read once however many requests name it: it has 67 MB, and a batch 10,000 of them."""
-    return sha256_of_file(path)
-
-
 def read_hires(request: GenerationRequest) -> Hires | None:
     """Return the request's second pass, None where it has none.
 
@@ -68,8 +61,7 @@ def read_hires(request: GenerationRequest) -> Hires | None:
             known = ", ".join((*LATENT_UPSCALERS, *PIXEL_UPSCALERS))
             raise ConfigError(f"hires_upscaler is {named!r}; expected {known}, or an ESRGAN .safetensors file")
         check_upscaler(path)
-        state = path.stat()
-        digest = _sha256(path, state.st_mtime_ns, state.st_size)
+        digest = sha256_while_unchanged(path)  # it has 67 MB, and a batch 10,000 requests that name it
     name = Path(named).stem if digest else named
     steps = request.hires_steps or request.steps
     hires = Hires(UsedHires(request.hires_scale, steps, request.hires_strength, name, digest), named)

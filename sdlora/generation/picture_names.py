@@ -6,7 +6,8 @@ import difflib
 import re
 import string
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
 
@@ -18,12 +19,32 @@ DEFAULT_TEMPLATE = "{seed:05}-{prompt}"
 FIELDS = (
     "seed", "prompt", "steps", "sampler", "base", "adapters", "date", "time", "width", "height", "number", "guidance",
 )  # fmt: skip
+FIELDS_OF_THE_MOMENT = ("date", "time")
+"""Fields of which nobody knows beforehand what they will be."""
 _NUMBERS = {"seed", "steps", "width", "height", "number"}
 _WORDS_OF_PROMPT, _LONGEST_VALUE = 60, 80
 _LONGEST_NAME_BYTES = 240
 """Of a file or folder; systems allow 255, and a number may follow."""
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')
 _SPEC = re.compile(r"(?:0?[1-9][0-9]?)?")
+
+
+@dataclass(frozen=True)
+class NameFields:
+    """What the names of pictures are made of."""
+
+    seed: int
+    prompt: str
+    steps: int
+    sampler: str
+    base: str
+    adapters: Sequence[str]
+    width: int
+    height: int
+    guidance_scale: float
+    number: int
+    when: datetime | None = None
+    """None where the template has no field of the moment."""
 
 
 def picture_path(
@@ -40,16 +61,38 @@ def picture_path(
     {guidance} and {number}, of the picture within its series; {seed:05} fills up with zeros. "/" leads into a folder. No
     value leads anywhere, and no part is a name that some system refuses. Raises ConfigError as `check_template` does.
     """
-    values = _values(recipe, number, when or datetime.now())
+    fields = NameFields(
+        seed=recipe.seed,
+        prompt=recipe.prompt,
+        steps=recipe.steps,
+        sampler=recipe.sampler or recipe.scheduler,
+        base=recipe.base,
+        adapters=[item.name for item in recipe.adapters],
+        width=recipe.width,
+        height=recipe.height,
+        guidance_scale=recipe.guidance_scale,
+        number=number,
+        when=when or datetime.now(),
+    )
+    return filled_path(fields, template, suffix=suffix)
+
+
+def filled_path(fields: NameFields, template: str, *, suffix: str = ".png") -> PurePosixPath:
+    """Return the way that a template makes of what is known of a picture, as `picture_path` says."""
+    values = _values(fields)
     filled = "".join(text + _filled(field, spec, values) for text, field, spec in _parts(template))
     *folders, name = (_allowed(part) for part in filled.split("/"))
     return PurePosixPath(*folders, f"{name}{suffix}")
 
 
+def template_fields(template: str) -> frozenset[str]:
+    """Return the fields that a template has. Raises ConfigError as `check_template` does."""
+    return frozenset(field for _, field, _ in _parts(template) if field)
+
+
 def check_template(template: str) -> None:
     """Raise ConfigError for a template with unknown fields, without a name, or that leads out of the folder."""
-    for _ in _parts(template):
-        pass
+    template_fields(template)
 
 
 def _parts(template: str) -> Iterator[tuple[str, str, str]]:
@@ -75,21 +118,21 @@ def _parts(template: str) -> Iterator[tuple[str, str, str]]:
         yield text, field or "", spec or ""
 
 
-def _values(recipe: Recipe, number: int, when: datetime) -> dict[str, int | str]:
-    prompt = re.sub(r"[^\w]+", "-", recipe.prompt.lower()).strip("-")[:_WORDS_OF_PROMPT].rstrip("-")
+def _values(known: NameFields) -> dict[str, int | str]:
+    prompt = re.sub(r"[^\w]+", "-", known.prompt.lower()).strip("-")[:_WORDS_OF_PROMPT].rstrip("-")
     return {
-        "seed": recipe.seed,
+        "seed": known.seed,
         "prompt": prompt or "picture",
-        "steps": recipe.steps,
-        "sampler": _plain(recipe.sampler or recipe.scheduler),
-        "base": _plain(recipe.base),
-        "adapters": _plain("+".join(item.name for item in recipe.adapters)) or "no-adapter",
-        "date": f"{when:%Y-%m-%d}",
-        "time": f"{when:%H%M%S}",
-        "width": recipe.width,
-        "height": recipe.height,
-        "number": number,
-        "guidance": f"{recipe.guidance_scale:g}",
+        "steps": known.steps,
+        "sampler": _plain(known.sampler),
+        "base": _plain(known.base),
+        "adapters": _plain("+".join(known.adapters)) or "no-adapter",
+        "date": f"{known.when:%Y-%m-%d}" if known.when else "",
+        "time": f"{known.when:%H%M%S}" if known.when else "",
+        "width": known.width,
+        "height": known.height,
+        "number": known.number,
+        "guidance": f"{known.guidance_scale:g}",
     }
 
 

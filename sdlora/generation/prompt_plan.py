@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 from sdlora.families.base import Emphasis
@@ -81,6 +82,7 @@ def encoder_emphasis(emphasis: Emphases) -> Emphasis:
     return emphasis if emphasis in get_args(Emphasis) else "original"  # type: ignore[return-value]
 
 
+@lru_cache(maxsize=256)  # many pictures have one negative prompt
 def _spellings(text: str, steps: int, emphasis: Emphases) -> tuple[tuple[int, Spelling], ...]:
     schedule = [(steps, text)] if emphasis == "none" else parse_schedule(text, steps)
     return tuple((last, _spelling(shown, emphasis)) for last, shown in schedule)

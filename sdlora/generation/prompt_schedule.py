@@ -32,7 +32,7 @@ def parse_schedule(text: str, steps: int) -> list[tuple[int, str]]:
     alternation changes with every step. What is not well-formed stays as it is written. Weights in round brackets are
     not touched.
     """
-    parsed = _parse(text)
+    parsed = _parse(text) if "[" in text else None
     if parsed is None:
         return [(steps, text)]
     ends = {steps}

@@ -20,6 +20,7 @@ from sdlora.generation.engine import Engine, OnStep
 from sdlora.generation.find_base import FindBase
 from sdlora.generation.find_input import FindInput, input_finder, input_settings
 from sdlora.generation.foreign.recipe import without_choices
+from sdlora.generation.memory import Offload
 from sdlora.generation.picture_texts import SAVED_AS, read_texts
 from sdlora.generation.pictures import Compression, pixel_options, read_recipe
 from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, make_request
@@ -58,6 +59,8 @@ class Replayed:
     comparison: Comparison
     differences: tuple[str, ...]
     """What was not as the recipe says, a few words each."""
+    notes: tuple[str, ...] = ()
+    """What should be known of the base, a sentence each."""
 
 
 def replay(
@@ -67,12 +70,14 @@ def replay(
     find_input: FindInput | None = None,
     *,
     device: str | None = None,
+    offload: Offload = "none",
     on_step: OnStep | None = None,
 ) -> Replayed:
     """Return the picture of a file made again from its recipe, and how it differs.
 
-    Pictures that it was made from are looked for beside it, unless `find_input` says where. It is made on the kind of device, in the precision and by every setting that the recipe names. A lossy file's picture is
-    compared after the same compression. Raises FormatError for a file without recipe, ModelError or FormatError for a base
+    Pictures that it was made from are looked for beside it, unless `find_input` says where. It is made on the kind of
+    device, in the precision and by every setting that the recipe names; `offload` is as of `Engine`. A lossy file's picture
+    is compared after the same compression. Raises FormatError for a file without recipe, ModelError or FormatError for a base
     or an adapter that is not there, GenerationError where it cannot be made.
     """
     path = user_path(path)
@@ -80,11 +85,11 @@ def replay(
     base = find_base(then)
     places = {item.sha256: find_adapter(item) for item in then.adapters}
     request = request_of(then, places, find_input or input_finder([path.parent]))
-    engine = Engine(base_section(then, base), device=device or _device_of(then))
+    engine = Engine(base_section(then, base), device=device or _device_of(then), offload=offload)
     (picture, now), *_ = engine.generate(request, on_step=on_step)
     comparison = compare(kept, _as_saved(picture, path))
     shown = replace(now, **{name: getattr(then, name) for name in _PROMPTS})
-    return Replayed(picture, shown, comparison, tuple(differences(then, shown)))
+    return Replayed(picture, shown, comparison, tuple(differences(then, shown)), tuple(engine.base.notes))
 
 
 # --- from a recipe to what makes it again -----------------------------------------------------------

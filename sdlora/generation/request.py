@@ -32,9 +32,13 @@ Tiling = Literal["auto", "on", "off"]
 _IDLE_WITHOUT = {
     "image": ("strength", "resize"),
     "mask": ("mask_blur", "inpaint_area", "masked_padding", "masked_content"),
+    "inpaint_area": ("masked_padding",),
     "hires_scale": ("hires_steps", "hires_strength", "hires_upscaler"),
 }
 """{setting: those that do nothing where it is left out}."""
+_MAYBE_IDLE = frozenset(name for names in _IDLE_WITHOUT.values() for name in names)
+_NEEDED = {"inpaint_area": "inpaint_area 'only masked'"}
+"""What is to be given of a setting of which not any value will do."""
 
 
 class AdapterChoice(Section):
@@ -146,7 +150,7 @@ class GenerationRequest(Section):
         """Refuse what does nothing, but where the setting that it belongs to says so itself, as `hires_scale = 1`."""
         idle = idle_settings(self.model_dump(exclude_defaults=True))
         told = [
-            f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} nothing without {needed}"
+            f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} nothing without {_NEEDED.get(needed, needed)}"
             for needed, names in idle.items()
             if needed not in self.model_fields_set
         ]
@@ -209,12 +213,15 @@ class GenerationRequest(Section):
 
 
 def idle_settings(values: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return {setting: those of the values that do nothing, since it is not among them}."""
-    found = {
-        needed: [name for name in names if name in values]
-        for needed, names in _IDLE_WITHOUT.items()
-        if needed not in values
-    }
+    """Return {setting: those of the values that do nothing, since it is not among them}, each once."""
+    if _MAYBE_IDLE.isdisjoint(values):
+        return {}
+    found: dict[str, list[str]] = {}
+    idle: set[str] = set()
+    for needed, names in _IDLE_WITHOUT.items():
+        if needed not in values:
+            found[needed] = [name for name in names if name in values and name not in idle]
+            idle.update(found[needed])
     return {needed: names for needed, names in found.items() if names}
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sdlora.data.pictures import read_header, read_mask, read_picture
 from sdlora.errors import ConfigError, DataError
 from sdlora.generation.request import GenerationRequest, ResizeMode, UsedMask, UsedPicture, UsedStart
-from sdlora.storage import sha256_of_file, user_path
+from sdlora.storage import sha256_while_unchanged, user_path
 
 MAX_SIDE = 4096
 _STEP = 8
@@ -49,13 +49,10 @@ def read_source(request: GenerationRequest) -> Source | None:
     """
     if not request.image:
         return None
-    path, *_ = _state(request.image)
-    header = read_header(Path(path))
-    source = Source(request, header.size, _used(request))
+    picture = _state(request.image)
+    source = Source(request, _size(*picture), _used(request))
     _check_size(request, source.size)
-    assert source.picture.size == header.size
-    if source.mask is not None and source.mask.getextrema() == (0, 0):
-        raise DataError(f"{request.mask}: has no white pixel, so nothing would be painted anew; paint that part white")
+    _check_pixels(picture, (_state(request.mask), request.mask) if request.mask else None)
     return source
 
 
@@ -113,7 +110,7 @@ def _used(request: GenerationRequest) -> UsedStart:
 
 def _used_picture(path: str) -> UsedPicture:
     file, *_ = _state(path)
-    return UsedPicture(Path(file).name, sha256_of_file(Path(file)))
+    return UsedPicture(Path(file).name, sha256_while_unchanged(Path(file)))
 
 
 _State = tuple[str, int, int]
@@ -130,6 +127,19 @@ def _state(path: str) -> _State:
     if not S_ISREG(state.st_mode):
         raise DataError(f"{path}: is no file; name a picture file")
     return str(file), state.st_mtime_ns, state.st_size
+
+
+@lru_cache(maxsize=4096)
+def _size(path: str, changed_ns: int, length: int) -> tuple[int, int]:
+    return read_header(Path(path)).size
+
+
+@lru_cache(maxsize=4096)
+def _check_pixels(picture: _State, mask: tuple[_State, str] | None) -> None:
+    """Raise DataError for a picture that cannot be decoded, and for a mask that does not go with it; each pair is read once."""
+    assert _picture(*picture).size == _size(*picture)
+    if mask and _mask(*mask[0], *picture).getextrema() == (0, 0):
+        raise DataError(f"{mask[1]}: has no white pixel, so nothing would be painted anew; paint that part white")
 
 
 @lru_cache(maxsize=4)

@@ -72,6 +72,8 @@ def expand_wildcards(text: str, seed: int, wildcards: Wildcards = NO_WILDCARDS) 
     {1-2$$ and $$a|b} one or two joined by " and "; __colours__ is a line of that file, {2$$__colours__} are two
     different ones. Choices may hold choices. Braces without "|" are text, and so are \\{ and \\}.
     """
+    if "{" not in text and "__" not in text:  # as most are, where a batch has thousands
+        return text
     return _Expansion(seed, wildcards).expand(text, 0)
 
 

@@ -52,6 +52,16 @@ def test_a_batch_and_the_same_command_again(
     assert (tmp_path / "out" / first).stat().st_mtime_ns == before
 
 
+def test_names_are_made_of_a_template(
+    jobs: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong, sentence in (("{time}", "for {time} itself"), ("", "names no file"), ("a:b", "expected a file's name")):
+        assert main(["batch", str(jobs), *common, "--name", wrong]) == 2
+        assert sentence in (said := capsys.readouterr().err) and "jobs.txt" not in said
+    assert main(["batch", str(jobs), *common, "--name", "{base}/{width}"]) == 0
+    assert names(tmp_path / "out") == ["manifest.jsonl", "sd1/64-2.png", "sd1/64.png"]
+
+
 def test_a_grid_from_the_command_line(
     common: list[str], tiny_base: Any, make_adapter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 from sdlora import read_recipe, save_picture, write_adapter
 from sdlora.cli import main as cli
@@ -16,10 +20,16 @@ THEIRS = (
     "Model hash: 6ce0161689, Model: v1-5-pruned, Version: v1.10.1"
 )
 
+NOTE = "its UNet's file holds 1 tensors for which"
+
 
 @pytest.fixture
-def base(tiny_folder):
-    return str(tiny_folder("sd1"))
+def base(tiny_folder, tmp_path):
+    """A base whose UNet has a tensor that no model of its family has, which is told."""
+    folder = Path(shutil.copytree(tiny_folder("sd1"), tmp_path / "base"))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "odd": torch.zeros(1)}, file)
+    return str(folder)
 
 
 @pytest.fixture
@@ -58,9 +68,10 @@ def made(base, library, tmp_path):
 
 def test_made_replayed_found_and_rated(made, base, library, tmp_path, capsys):
     (library / "zorb.safetensors").rename(library / "other.safetensors")
-    flags = ["--base", base, "--library", str(library), "--out", str(tmp_path / "again")]
+    flags = ["--base", base, "--library", str(library), "--out", str(tmp_path / "again"), "--offload", "model"]
     assert cli.main(["replay", str(made), *flags]) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert f"note: {NOTE}" in told
     assert "not the same: adapter zorb: name: zorb then, other now" in said
     assert "identical: all 4096 pixels are the same" in said
     assert (tmp_path / "again" / "5-zorb-replayed.png").is_file()
@@ -104,7 +115,8 @@ def test_another_programs_picture_becomes_a_request(theirs, base, library, tmp_p
     said = capsys.readouterr()
     assert "made by: AUTOMATIC1111" in said.out and "left out: adapter gone, which is not in the library" in said.out
     assert "--base is not given; name the base to make it with, v1-5-pruned (6ce0161689)" in said.err
-    assert cli.main(["replay", str(theirs), *flags, "--base", base]) == 0
+    assert cli.main(["replay", str(theirs), *flags, "--base", base, "--offload", "model"]) == 0
+    assert f"note: {NOTE}" in capsys.readouterr().err
     (path,) = (tmp_path / "out").glob("*.png")
     recipe = read_recipe(path)
     assert (recipe.seed, recipe.steps, recipe.guidance_scale, recipe.prompt) == (9, 2, 4.0, "a ball")

@@ -11,7 +11,6 @@ from upscaler_files import write_upscaler
 
 from sdlora.errors import ConfigError, FormatError
 from sdlora.families.latent import sampler
-from sdlora.generation import hires as hires_module
 from sdlora.generation.engine import Engine
 from sdlora.generation.hires import Hires, read_hires
 from sdlora.generation.pictures import infotext
@@ -162,7 +161,7 @@ def test_a_pickle_is_refused(engine, tmp_path):
 def test_an_upscaler_is_hashed_once(tmp_path, monkeypatch):
     write_upscaler(tmp_path / "up.safetensors")
     hashed = []
-    monkeypatch.setattr(hires_module, "sha256_of_file", lambda path: hashed.append(path) or "ab" * 32)
+    monkeypatch.setattr("sdlora.storage.sha256_of_file", lambda path: hashed.append(path) or "ab" * 32)
     for seed in range(3):
         read_hires(make_request(prompt="a", seed=seed, hires_scale=2, hires_upscaler=str(tmp_path / "up.safetensors")))
     assert len(hashed) == 1

@@ -17,7 +17,7 @@ from sdlora.generation.find_base import base_finder
 from sdlora.generation.find_input import input_finder
 from sdlora.generation.pictures import read_recipe, save_picture
 from sdlora.generation.replay import compare, differences, replay, request_of
-from sdlora.generation.request import Recipe, make_request
+from sdlora.generation.request import Recipe, UsedMask, UsedPicture, UsedStart, make_request
 
 
 @pytest.fixture
@@ -139,6 +139,13 @@ def test_the_request_is_what_the_recipe_says(recipe):
     assert (request.width, request.height, request.clip_skip, request.emphasis) == (24, 16, 2, "comfy")
     assert request.count == 1 and request.wildcards == ""
     assert [(choice.path, choice.weight) for choice in request.adapters] == [("x.safetensors", 0.8)]
+
+
+def test_a_padding_that_did_nothing_is_no_reason_to_refuse_a_recipe(recipe):
+    used = UsedPicture("x.png", "ef" * 32)
+    start = UsedStart(used, 0.5, "just resize", UsedMask(used, 2.0, "whole picture", 64, "original"))
+    request = request_of(replace(recipe, start=start), {"cd" * 32: Path("x")}, lambda name, sha256: Path(name))
+    assert (request.inpaint_area, request.masked_padding) == ("whole picture", 64)
 
 
 def test_choices_that_the_prompt_still_seems_to_hold_are_not_made(recipe):

@@ -42,6 +42,14 @@ def test_defaults():
         ({"prompt": "x", "hires_steps": 5, "hires_strength": 0.5}, "hires_steps and hires_strength do nothing without"),
         ({"prompt": "x", "image": "a.png", "mask_blur": 2}, "mask_blur does nothing without mask"),
         (
+            {"prompt": "x", "image": "a.png", "mask": "b.png", "masked_padding": 8},
+            "masked_padding does nothing without inpaint_area 'only masked'; give that too, or leave it out",
+        ),
+        (
+            {"prompt": "x", "image": "a.png", "masked_padding": 8},
+            "request: masked_padding does nothing without mask; give",
+        ),
+        (
             {"prompt": "x", "strength": 0.5, "hires_steps": 5},
             "without image, hires_steps does nothing without hires_scale",
         ),

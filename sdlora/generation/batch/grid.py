@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.errors import ConfigError
-from sdlora.generation.batch.job_fields import field_of, over
+from sdlora.generation.batch.job_fields import field_of, over, place_of
 from sdlora.storage import user_path
 
 MOST_PICTURES = 1_000_000
@@ -78,7 +78,7 @@ def parse_axis(text: str) -> Axis:
 
 
 def make_axis(name: str, values: Sequence[Any], folder: Path | None = None) -> Axis:
-    """Return the axis of a setting, ranges and "@file" among its values written out; files are looked for in `folder`.
+    """Return the axis of a setting, ranges and "@file" among its values written out; files are looked for as `place_of` says.
 
     Raises ConfigError for an unknown setting, a range that is none, and too many values.
     """
@@ -91,7 +91,7 @@ def make_axis(name: str, values: Sequence[Any], folder: Path | None = None) -> A
     made: list[Any] = []
     for value in values:
         if isinstance(value, str) and value.startswith("@") and field in ("prompt", "negative_prompt"):
-            made += _lines((folder or Path()) / user_path(value[1:]))
+            made += _lines(Path(place_of(value[1:], folder or Path())))
         elif isinstance(value, str) and field in _NUMBERS and ".." in value:
             made += _range(name, value)
         else:

@@ -24,11 +24,14 @@ class Draft:
     """Where in the file's grid it is."""
     defaults: frozenset[str] = frozenset()
     """The settings that it does not say itself."""
+    here: frozenset[str] = frozenset()
+    """The settings that the command line says."""
 
-    def on(self, defaults: Mapping[str, Any]) -> Draft:
-        """Return the job with defaults for what it does not say."""
+    def on(self, defaults: Mapping[str, Any], *, here: bool = False) -> Draft:
+        """Return the job with defaults for what it does not say, which are the command line's if they are from `here`."""
         left = kept(defaults, self.values)
-        return replace(self, values=over(defaults, self.values), defaults=self.defaults | left)
+        said_here = self.here | left if here else self.here
+        return replace(self, values=over(defaults, self.values), defaults=self.defaults | left, here=said_here)
 
 
 def file_text(path: Path) -> str:

@@ -7,14 +7,17 @@ import functools
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sdlora.config.section import is_file_stem
 from sdlora.errors import ConfigError
 from sdlora.generation.adapter_text import parse_adapters
+from sdlora.generation.picture_names import FIELDS_OF_THE_MOMENT, template_fields
 from sdlora.generation.pictures import SUFFIXES
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, idle_settings
+from sdlora.storage import is_there, user_path
 
 BESIDE_REQUEST = ("weight", "size", "name")
 """What a job may say besides a request's settings: the weight of all its adapters, width and height, its file's name."""
@@ -51,6 +54,7 @@ _LONGEST_NAME_BYTES = 200
 _SIZE = re.compile(r"\s*(\d+)\s*[x*×]\s*(\d+)\s*")
 
 
+@functools.lru_cache(maxsize=1024)  # a file says the same few names in every line
 def field_of(name: str) -> str:
     """Return the setting that people call so. Raises ConfigError that names the nearest for an unknown one."""
     plain = re.sub(r"[\s-]+", "_", name.strip().lower())
@@ -95,6 +99,17 @@ def files_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Return {setting: file} of the values that name one; an upscaler may be one that is built in."""
     named = {name: values[name] for name in FILES if isinstance(values.get(name), str) and values[name]}
     return {name: file for name, file in named.items() if file not in (*LATENT_UPSCALERS, *PIXEL_UPSCALERS)}
+
+
+def place_of(name: str, folder: Path, here_first: bool = False) -> str:
+    """Return where that file or folder is: beside the jobs, in `folder`, or from here; unchanged where neither has it.
+
+    What a jobs file says is looked for beside it first, what the command line says from here first.
+    """
+    beside = folder / user_path(name)
+    if (here_first and is_there(user_path(name))) or not is_there(beside):
+        return name
+    return str(beside)
 
 
 def over(defaults: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,19 +216,46 @@ def _adapters(value: Any) -> list[dict[str, Any]]:
     raise ConfigError(f"adapters is {value!r}; expected for example 'my-cat:0.8;oldfilm:0.5'")
 
 
+def is_template(name: str) -> bool:
+    """Return whether a name has fields, such as {seed}, that each picture fills in."""
+    return "{" in name or "}" in name
+
+
+def refuse_sheets(name: str) -> None:
+    """Raise ConfigError for a name in the folder of contact sheets and grids."""
+    if "/" in name and name.partition("/")[0].casefold() == SHEETS:
+        raise ConfigError(f"name is {name[:80]!r}; the folder {SHEETS} is for contact sheets and grids, choose another")
+
+
 def _check_name(values: Mapping[str, Any], made: dict[str, Any]) -> None:
-    name = values.get("name", "")
+    check_name(values.get("name", ""))
+
+
+def check_name(name: object) -> None:
+    """Raise ConfigError for what is neither the name of a file nor a template of names; "" is for any."""
     if not isinstance(name, str):
         raise ConfigError(f"name is {name!r}; expected a file's name")
     stem, _ = name_parts(name)
+    if is_template(stem):
+        _check_fields(stem)
+        return
     if name and not all(is_file_stem(part) and part.strip(" .") == part for part in stem.split("/")):
         raise ConfigError(
-            f"name is {name[:80]!r}; expected a file's name of letters, digits, spaces and . _ -, in folders parted by /"
+            f"name is {name[:80]!r}; expected a file's name of letters, digits, spaces and . _ -, in folders parted by /, or "
+            "fields such as {seed}"
         )
     if any(len(part.encode()) > _LONGEST_NAME_BYTES for part in stem.split("/")):
         raise ConfigError(f"name {name[:40]!r}... is longer than {_LONGEST_NAME_BYTES} bytes; give a shorter one")
-    if "/" in stem and stem.partition("/")[0].casefold() == SHEETS:
-        raise ConfigError(f"name is {name[:80]!r}; the folder {SHEETS} is for contact sheets and grids, choose another")
+    refuse_sheets(stem)
+
+
+def _check_fields(template: str) -> None:
+    """Raise ConfigError for a template that is none, and for fields that only a picture that is made has."""
+    if passing := sorted(template_fields(template).intersection(FIELDS_OF_THE_MOMENT)):
+        raise ConfigError(
+            f"name is {template[:80]!r}; a batch's names are decided before it begins, so that it goes on under the same: "
+            f"write what you want for {{{passing[0]}}} itself"
+        )
 
 
 def _product(one: Any, other: Any) -> Any:

@@ -13,7 +13,7 @@ from sdlora.generation.asked import FindAdapter
 from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.grid import MOST_PICTURES, Axis, Point, grid_points, product_size, refuse_doubles
 from sdlora.generation.batch.job_draft import Draft
-from sdlora.generation.batch.job_fields import Read, files_of, read_values
+from sdlora.generation.batch.job_fields import Read, files_of, place_of, read_values
 from sdlora.generation.batch.jobs_tables import read_csv_jobs, read_jsonl_jobs
 from sdlora.generation.batch.jobs_text import read_text_jobs
 from sdlora.generation.batch.jobs_toml import read_toml_jobs
@@ -52,8 +52,8 @@ def read_jobs(
 ) -> list[Job]:
     """Return the jobs of a file, each at every point of the grid; without a file the one that `defaults` are.
 
-    `defaults` are values by setting, which the file's own replace. Files are looked for from here and from the file's
-    folder; an adapter may be what `find_adapter` knows. Raises one ConfigError for everything that is wrong, line by line; with
+    `defaults` are values by setting, which the file's own replace. Files and folders are looked for as
+    `place_of` says; an adapter may be what `find_adapter` knows. Raises one ConfigError for everything that is wrong, line by line; with
     `faults` these are told there, and the jobs are those that are right.
     """
     together = [(axis,) for axis in grid]
@@ -67,13 +67,16 @@ def read_jobs(
     jobs: list[Job] = []
     defaults_used: dict[str, bool] = {}
     for draft in drafts:
-        left = draft.defaults.difference(axis.field for axis in grid)
+        axes = {axis.field for axis in grid}
+        left, here = draft.defaults - axes, draft.here | axes
         with told.of(draft.where):
             for values, point in grid_points(together, draft.values):
                 with told.of(draft.where):
                     read = read_values(values, left)
                     defaults_used |= {name: defaults_used.get(name, False) or name not in read.idle for name in left}
-                    jobs.append(_job(Draft(draft.where, values, (*draft.point, *point), left), read, folder, find))
+                    jobs.append(
+                        _job(Draft(draft.where, values, (*draft.point, *point), left, here), read, folder, find)
+                    )
     for name in (name for name, used in defaults_used.items() if not used):
         told.tell(str(path or COMMAND_LINE), f"the default {name} does nothing for any job; leave it out")
     what = str(path) if path else "what is asked for"
@@ -93,19 +96,21 @@ def _drafts(path: Path | None, defaults: Mapping[str, Any], faults: Faults) -> I
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(f"{path}: is no jobs file; expected {', '.join(_READERS)}")
-    yield from (draft.on(defaults) for draft in reader(path, faults))
+    yield from (draft.on(defaults, here=True) for draft in reader(path, faults))
 
 
-def _job(draft: Draft, read: Read, folder: Path, find: Callable[[str], str]) -> Job:
+def _job(draft: Draft, read: Read, folder: Path, find: Callable[[str, bool], str]) -> Job:
     """Return the checked job. Raises one ConfigError for all that is wrong with it."""
     made, problems = read.request, read.problems
     for adapter in made.get("adapters", ()):
         try:
             if "path" in adapter:
-                adapter["path"] = find(adapter["path"])
+                adapter["path"] = find(adapter["path"], "adapters" in draft.here)
         except ConfigError as error:
             problems.append(str(error))
-    made |= {name: _seen_from(folder, file) for name, file in files_of(made).items()}
+    folders = {"wildcards": made["wildcards"]} if isinstance(made.get("wildcards"), str) and made["wildcards"] else {}
+    for name, place in {**files_of(made), **folders}.items():
+        made[name] = place_of(place, folder, name in draft.here)
     try:
         request = validated(GenerationRequest, made, draft.where)
     except ConfigError as error:
@@ -115,32 +120,27 @@ def _job(draft: Draft, read: Read, folder: Path, find: Callable[[str], str]) -> 
     return Job(draft.where, request, read.name, draft.point)
 
 
-def _seen_from(folder: Path, name: str) -> str:
-    """Return where that file is: seen from here, else from the folder of the jobs; unchanged where neither has it."""
-    beside = folder / user_path(name)
-    return str(beside) if not is_there(user_path(name)) and is_there(beside) else name
+def _adapter_finder(folder: Path, find_adapter: FindAdapter | None) -> Callable[[str, bool], str]:
+    """Return what finds an adapter's file by what jobs call it, or the command line if that is `here`, and asks for each once."""
+    found: dict[tuple[str, bool], str] = {}
+    missing: dict[tuple[str, bool], str] = {}
 
-
-def _adapter_finder(folder: Path, find_adapter: FindAdapter | None) -> Callable[[str], str]:
-    """Return what finds an adapter's file by what jobs call it, and asks for each once."""
-    found: dict[str, str] = {}
-    missing: dict[str, str] = {}
-
-    def look(name: str) -> str:
-        if is_there(user_path(path := _seen_from(folder, name))):
+    def look(name: str, here: bool) -> str:
+        if is_there(user_path(path := place_of(name, folder, here))):
             return path
         if find_adapter is None:
             raise ConfigError(f"{name}: there is no such adapter file")
         return str(find_adapter(name))
 
-    def find(name: str) -> str:
-        if name not in found and name not in missing:
+    def find(name: str, here: bool) -> str:
+        asked = name, here
+        if asked not in found and asked not in missing:
             try:
-                found[name] = look(name)
+                found[asked] = look(name, here)
             except SdloraError as error:
-                missing[name] = str(error)
-        if name in missing:
-            raise ConfigError(missing[name])
-        return found[name]
+                missing[asked] = str(error)
+        if asked in missing:
+            raise ConfigError(missing[asked])
+        return found[asked]
 
     return find

@@ -24,10 +24,10 @@ from sdlora.errors import (
 )
 from sdlora.generation.asked import FindAdapter, asked_pictures, read_folder
 from sdlora.generation.batch.manifest import Line, ManifestWriter, part_name, read_manifest, settle
+from sdlora.generation.batch.names import identity_mark
 from sdlora.generation.batch.plan import (
     BatchPlan,
     Picture,
-    identity_mark,
     in_groups,
     recipe_fits,
     refuse_taken_files,
@@ -104,7 +104,7 @@ def _adopt(
     writer = ManifestWriter(folder / part_name(0, 1))
     adopted = {}
     for picture in missing:
-        mark = identity_mark(picture.file)
+        mark = identity_mark(picture.file, picture.identity)
         file = marked.get(mark, picture.file) if mark else picture.file
         if file in others or not _is_picture(folder / file):
             continue

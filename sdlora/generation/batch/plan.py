@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from sdlora.adapters.file import adapter_family
 from sdlora.adapters.fit import refuse_other_family
 from sdlora.adapters.stored import adapter_hashes
 from sdlora.config import BaseSection
-from sdlora.errors import ConfigError
 from sdlora.families.detect import family_of
 from sdlora.families.registry import declared_prediction, section_sha256, usual_side
 from sdlora.families.schedule import refuse_pure_noise
@@ -27,18 +25,18 @@ from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.grid import Point
 from sdlora.generation.batch.job_fields import FILES, files_of, name_parts
 from sdlora.generation.batch.jobs import Job
+from sdlora.generation.batch.names import FileNames
 from sdlora.generation.batches import neighbours
-from sdlora.generation.pictures import FORMATS, PNG, SUFFIXES, FileFormat
+from sdlora.generation.pictures import PNG, FileFormat
 from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, idle_settings
 from sdlora.generation.source import work_size
-from sdlora.storage import past_devices, sha256_of_file, user_path
+from sdlora.storage import sha256_while_unchanged, user_path
 
 _NOT_THE_PICTURES = ("prompt", "negative_prompt", "seed", "count", "wildcards", "adapters")
 """Settings of a request that a picture's identity holds in another form."""
 _TOLD_BY_RECIPES = ("steps", "guidance_scale", "guidance_rescale", "emphasis", "clip_skip", "sampler", "zero_snr")
 """Settings that recipes have under the same names."""
 _BASE_SETTINGS = ("precision", "quantize", "prediction")
-_ID_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,9 @@ def plan_batch(
         with faults.of(job.where):
             for asked in asked_pictures(job.request, 0, find_adapter, planner.read):
                 pictures.append(planner.picture(job, asked, len(pictures) + 1))
-    _refuse_doubled_names(pictures, faults)
+    files = planner.names.settled(faults)
     faults.raise_all("the jobs")
-    files: dict[str, str] = {}
-    placed = (replace(picture, file=files.setdefault(picture.identity, picture.file)) for picture in pictures)
+    placed = (replace(picture, file=files[picture.identity]) for picture in pictures)
     return BatchPlan(base, planner.base_sha256, tuple(placed))
 
 
@@ -117,13 +114,13 @@ class _Planner:
         self._find_adapter = find_adapter
         self._base_name = base.path
         self._form = form
+        self.names = FileNames(base, form.suffix)
         self._family = family
         self._shared = {"base": self.base_sha256, **{name: getattr(base, name) for name in _BASE_SETTINGS}}
         self._hash_of = functools.cache(self._checked_hash)
-        self._file_hash = functools.cache(lambda name: sha256_of_file(user_path(name)))
 
     def picture(self, job: Job, asked: Asked, number: int) -> Picture:
-        """Return the picture that was asked for. Raises as `plan_batch` does."""
+        """Return the picture that was asked for, whose file is known when all are. Raises as `plan_batch` does."""
         if job.request.zero_snr == "on":
             refuse_pure_noise(self._predicts, self._base_name)
         made_of = {
@@ -138,16 +135,17 @@ class _Planner:
         }
         identity = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         single = job.request.model_copy(update={"seed": asked.seed, "count": 1})
-        file = _file_name(job, asked, number, identity, self._form.suffix)
-        work, pixels = _work(asked, self.side)
-        return Picture(identity, file, single, job.where, job.point, work * (2 if asked.guided else 1), pixels)
+        first = work_size(asked.request, asked.source.size if asked.source else None, self.side)
+        work, pixels = _work(asked, first)
+        self.names.add(job, asked, identity, number, first)
+        return Picture(identity, "", single, job.where, job.point, work * (2 if asked.guided else 1), pixels)
 
     def _settings(self, request: GenerationRequest) -> Mapping[str, Any]:
         """Return the settings that are not as they are unsaid, so that a setting of a later version changes no identity."""
         given = request.model_dump(exclude_defaults=True, exclude=set(_NOT_THE_PICTURES))
         idle = {name for names in idle_settings(given).values() for name in names}
         values = {name: value for name, value in given.items() if name not in idle}
-        return {**values, **{name: self._file_hash(file) for name, file in files_of(values).items()}}
+        return {**values, **{name: sha256_while_unchanged(user_path(file)) for name, file in files_of(values).items()}}
 
     def _acting(self, choice: AdapterChoice) -> list[Any]:
         own = choice.text_encoder_weight
@@ -160,10 +158,12 @@ class _Planner:
         return adapter_hashes(user_path(path))[0]
 
 
-def _work(asked: Asked, side: int) -> tuple[float, int]:
-    """Return steps times pixels of all passes, and the pixels of the file. Raises ConfigError for a second pass too large."""
+def _work(asked: Asked, first: tuple[int, int]) -> tuple[float, int]:
+    """Return steps times pixels of all passes, the `first` of that size, and the pixels of the file.
+
+    Raises ConfigError for a second pass too large.
+    """
     request, source = asked.request, asked.source
-    first = work_size(request, source.size if source else None, side)
     work, last = request.steps * (request.strength if source else 1) * math.prod(first), first
     if asked.hires:
         last = asked.hires.size(first)
@@ -171,43 +171,6 @@ def _work(asked: Asked, side: int) -> tuple[float, int]:
     elif source and request.mask and request.inpaint_area == "only masked":
         last = source.size
     return max(work, float(math.prod(first))), math.prod(last)
-
-
-def _file_name(job: Job, asked: Asked, number: int, identity: str, suffix: str) -> str:
-    """Return the name that the job gives, with the seed where it makes several; else number, prompt and identity.
-
-    Raises ConfigError for a name of another format.
-    """
-    if job.name:
-        named, own = name_parts(job.name)
-        if own and SUFFIXES[own] != SUFFIXES[suffix]:
-            raise ConfigError(
-                f"name is {job.name[:80]!r}, but the pictures of this batch are {suffix} files; give --format {FORMATS[SUFFIXES[own]]}, or "
-                "leave the suffix out"
-            )
-        seed = f"-{asked.seed}" if job.request.count > 1 else ""
-        *folders, stem = named.split("/")
-        return "/".join([*map(past_devices, folders), f"{past_devices(stem + seed)}{suffix}"])
-    words = re.sub(r"[^\w]+", "-", asked.texts.prompt.lower()).strip("-").encode()[:60].decode(errors="ignore")
-    return f"{number:05d}-{words.strip('-') or 'picture'}-{identity[:_ID_DIGITS]}{suffix}"
-
-
-def identity_mark(file: str) -> str:
-    """Return what a made-up name tells of its picture's identity, "" of any other name."""
-    match = re.search(rf"-([0-9a-f]{{{_ID_DIGITS}}})\.(?:png|jpe?g|webp)$", file)
-    return match[1] if match else ""
-
-
-def _refuse_doubled_names(pictures: Sequence[Picture], faults: Faults) -> None:
-    """Tell the names that different pictures have; case does not make a difference on every system."""
-    taken: dict[str, Picture] = {}
-    for picture in pictures:
-        first = taken.setdefault(picture.file.casefold(), picture)
-        if first.identity != picture.identity:
-            other = "itself" if first.where == picture.where else first.where
-            faults.tell(
-                picture.where, f"the name {picture.file} is that of another picture, of {other}; give each its own"
-            )
 
 
 def recipe_fits(recipe: Recipe, picture: Picture, plan: BatchPlan, find_adapter: FindAdapter | None) -> bool:

@@ -9,15 +9,15 @@ from datetime import datetime
 from pathlib import Path
 
 from sdlora.errors import ConfigError
-from sdlora.generation.history.row import folded
+from sdlora.generation.history.words import asked, folded
 
 _HASH = re.compile(r"[0-9a-f]{6,64}")
 _MOST_WORDS, _LONGEST_TEXT = 32, 1000
-_SPACELESS = re.compile(r"[\u0e00-\u0eff\u2e80-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]")
-"""Characters of scripts that put no spaces between words: such words are looked for anywhere."""
 _LARGEST = 2**62
 _LATEST_NS = 2**63 - 1
 """What SQLite holds; the year 2262."""
+_Condition = tuple[str, list[object]]
+"""As SQL, with the values of its question marks."""
 
 
 @dataclass(frozen=True)
@@ -73,47 +73,46 @@ def selection(query: HistoryQuery) -> Selection:
     read from its end only as far as needed.
     """
     _check(query)
-    words, anywhere = _words(query)
-    by_words = bool(words) and not anywhere
+    words = _words(query)
     # A + keeps SQLite from asking the index of words anew for each id of a list.
-    table, number, order = ("words", "+rowid", "rowid") if by_words else ("pictures", "id", "id")
-    conditions = ["words MATCH ?" if by_words else "problem = ''"]
-    values: list[object] = [words] if by_words else []
-
-    def add(condition: str, *more: object) -> None:
-        conditions.append(condition)
-        values.extend(more)
-
-    def of_picture(condition: str) -> str:
-        return f"{number} IN (SELECT id FROM pictures WHERE {condition})" if by_words else condition
-
-    for column, word in anywhere:
-        add(f"instr({column}, ?) > 0", word)
-    if words and not by_words:
-        add("id IN (SELECT rowid FROM words WHERE words MATCH ?)", words)
+    table, number, order = ("words", "+rowid", "rowid") if words else ("pictures", "id", "id")
+    conditions: list[_Condition] = [("words MATCH ?", [words]) if words else ("problem = ''", [])]
+    of_pictures: list[_Condition] = []  # what the table of pictures alone can tell
     if query.adapter:
         named, told = _named(query.adapter, ("sha256", "tensor_sha256"))
-        add(f"{number} IN (SELECT picture FROM uses WHERE adapter IN (SELECT id FROM adapters WHERE {named}))", *told)
+        used = f"SELECT picture FROM uses WHERE adapter IN (SELECT id FROM adapters WHERE {named})"
+        conditions.append((f"{number} IN ({used})", told))
     if query.base:
         named, told = _named(query.base, ("sha256",))
-        add(of_picture(f"base IN (SELECT id FROM bases WHERE {named})"), *told)
+        of_pictures.append((f"base IN (SELECT id FROM bases WHERE {named})", told))
     if query.seed is not None:
-        add(of_picture("seed = ?"), str(query.seed))
+        of_pictures.append(("seed = ?", [str(query.seed)]))
     for moment, comparison in ((query.since, ">="), (query.until, "<=")):
         if moment is not None:
-            add(f"{order} {comparison} ?", _nanoseconds(moment))
-    if query.rating is not None:
-        rated = "IN (SELECT identity FROM ratings WHERE stars >= ?)"
-        if query.rating:
-            add(of_picture(f"identity {rated}"), query.rating)
-        else:
-            add(f"NOT {of_picture(f'identity {rated}')}", 1)
-    chosen = f"SELECT {order} FROM {table} WHERE {' AND '.join(conditions)} ORDER BY {order} DESC LIMIT ? OFFSET ?"
+            conditions.append((f"{order} {comparison} ?", [_nanoseconds(moment)]))
+    rated = "identity IN (SELECT identity FROM ratings WHERE stars >= ?)"
+    if query.rating:
+        of_pictures.append((rated, [query.rating]))
+    elif query.rating == 0:  # the few that are rated are listed, not the many that are not
+        conditions.append((f"{number} NOT IN (SELECT id FROM pictures WHERE {rated})", [1]))
+    if of_pictures and words:
+        listed, values = _all_of(of_pictures)
+        conditions.append((f"{number} IN (SELECT id FROM pictures WHERE {listed})", values))
+    else:
+        conditions += of_pictures
+    condition, values = _all_of(conditions)
+    chosen = f"SELECT {order} FROM {table} WHERE {condition} ORDER BY {order} DESC LIMIT ? OFFSET ?"
     sql = (
         "SELECT place, id, facts, (SELECT stars FROM ratings WHERE ratings.identity = pictures.identity) "
         f"FROM pictures WHERE id IN ({chosen}) ORDER BY id DESC"
     )
     return Selection(sql, (*values, _LARGEST if query.limit is None else query.limit, query.offset))
+
+
+def _all_of(conditions: Sequence[_Condition]) -> _Condition:
+    return " AND ".join(condition for condition, _ in conditions), [
+        value for _, values in conditions for value in values
+    ]
 
 
 def _check(query: HistoryQuery) -> None:
@@ -134,22 +133,17 @@ def _nanoseconds(moment: datetime) -> int:
         return _LATEST_NS if moment.year > 1970 else -_LATEST_NS
 
 
-def _words(query: HistoryQuery) -> tuple[str, list[tuple[str, str]]]:
-    """Return what the index of words is asked, "" for nothing, and [(column, word that stands anywhere in it)]."""
-    indexed: list[str] = []
-    anywhere: list[tuple[str, str]] = []
+def _words(query: HistoryQuery) -> str:
+    """Return what the index of words is asked, "" for nothing."""
+    conditions: list[str] = []
     for column, text in (("prompt", query.prompt), ("negative", query.negative_prompt)):
         if len(text) > _LONGEST_TEXT:
             raise ConfigError(f"a search of {len(text)} characters is too long; give at most {_LONGEST_TEXT}")
-        for word in re.findall(r"\w+", folded(text))[:_MOST_WORDS]:
-            if _SPACELESS.search(word):
-                anywhere.append((column, word))
-            else:
-                indexed.append(f'{column} : "{word}"*')
-    return " AND ".join(indexed), anywhere
+        conditions += [f"{column} : {condition}" for condition in asked(text)[:_MOST_WORDS]]
+    return " AND ".join(conditions)
 
 
-def _named(text: str, hashes: Sequence[str]) -> tuple[str, list[str]]:
+def _named(text: str, hashes: Sequence[str]) -> _Condition:
     """Return the condition that a name has the text in it, or that a hash begins so; other programs note 10 or 12 digits."""
     wanted = folded(text)[:_LONGEST_TEXT]
     if not _HASH.fullmatch(wanted):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from sdlora.errors import FormatError
 from sdlora.generation.foreign.reading import foreign_recipe
 from sdlora.generation.foreign.recipe import ForeignRecipe
+from sdlora.generation.history.words import folded, indexed, utf8
 from sdlora.generation.picture_texts import RECIPE, PictureTexts, read_texts
 from sdlora.generation.request import Recipe
 
@@ -120,9 +120,9 @@ def insert(connection: sqlite3.Connection, rows: Sequence[PictureRow]) -> None:
             row.identity,
             "" if facts.get("seed") is None else str(facts["seed"]),
             base,
-            folded(facts.get("prompt", "")),
-            folded(facts.get("negative_prompt", "")),
-            _utf8(json.dumps(facts, ensure_ascii=False)),
+            indexed(facts.get("prompt", "")),
+            indexed(facts.get("negative_prompt", "")),
+            utf8(json.dumps(facts, ensure_ascii=False)),
         )
         command = (
             "INSERT INTO pictures (id, place, signature, problem, identity, seed, base, prompt, negative, facts) "
@@ -152,15 +152,5 @@ def _id(connection: sqlite3.Connection, table: str, columns: Sequence[str], valu
     return int(made.lastrowid or 0)
 
 
-def folded(text: str) -> str:
-    """Return the text as it is searched: without regard to case and accents."""
-    parts = unicodedata.normalize("NFKD", text).casefold()
-    return _utf8("".join(character for character in parts if not unicodedata.combining(character)))
-
-
-def _utf8(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
-
-
 def _digest(text: str) -> str:
-    return hashlib.sha256(_utf8(text).encode()).hexdigest()
+    return hashlib.sha256(utf8(text).encode()).hexdigest()

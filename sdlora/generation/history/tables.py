@@ -1,6 +1,8 @@
 """The tables of a history."""
 
-SCHEMA = 1
+from sdlora.generation.history.words import TOKENIZER
+
+SCHEMA = 2
 """To be raised whenever the tables, or what is told of a picture, change: a history of another number is read again."""
 TABLES = (
     """
@@ -12,7 +14,7 @@ CREATE TABLE pictures (
     identity TEXT NOT NULL,        -- SHA-256 of its recipe's text
     seed TEXT NOT NULL,            -- in digits: other programs' may be too large for a number
     base INTEGER NOT NULL,
-    prompt TEXT NOT NULL,          -- as it is searched: case and accents folded
+    prompt TEXT NOT NULL,          -- as the index has it: `words.indexed`
     negative TEXT NOT NULL,
     facts TEXT NOT NULL            -- JSON of what is shown of it
 )
@@ -32,7 +34,7 @@ CREATE TABLE adapters (
     "CREATE TABLE ratings (identity TEXT PRIMARY KEY, stars INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE sources (name TEXT PRIMARY KEY, read INTEGER NOT NULL)",  # how far the file of ratings was read
     "CREATE VIRTUAL TABLE words USING fts5 (prompt, negative, content='pictures', content_rowid='id', "
-    "tokenize='unicode61', prefix='2 3')",
+    f"tokenize='{TOKENIZER}', prefix='1 2 3 4 5 6 7 8')",  # longer beginnings are gathered from all words that have them
     """
 CREATE TRIGGER words_added AFTER INSERT ON pictures BEGIN
     INSERT INTO words (rowid, prompt, negative) VALUES (new.id, new.prompt, new.negative);

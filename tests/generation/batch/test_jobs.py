@@ -97,6 +97,14 @@ def test_what_a_job_says_or_no_job_takes_is_refused_where_it_does_nothing(tmp_pa
     assert "jobs.txt: the default weight does nothing for any job; leave it out" in told
     assert "jobs.txt:2" not in told and "jobs.txt:3" not in told
     assert "hires_steps does nothing without hires_scale" in problem(None, defaults={"prompt": "a", "hires_steps": 3})
+    painted = write(tmp_path, "painted.txt", "a\nb --image x.png --mask m.png --masked_padding 8")
+    assert (
+        problem(painted)
+        == f"{painted}:2: masked_padding does nothing without inpaint_area 'only masked'; give that too, or "
+        "leave it out"
+    )
+    for area in ("only masked", "whole picture"):  # the second may be compared with the first
+        assert said(read_jobs(painted, {"inpaint_area": area}), "inpaint_area")[1] == (area,)
     axis = [parse_axis("strength=0.2,0.4")]
     assert "strength does nothing" in problem(None, defaults={"prompt": "a"}, grid=axis)
 
@@ -110,18 +118,43 @@ def test_a_default_weight_is_that_of_adapters_that_name_none(tmp_path):
     assert [[adapter.weight for adapter in job.request.adapters] for job in jobs] == [[0.8, 0.5], [0.3], []]
 
 
-def test_files_are_looked_for_from_here_and_beside_the_jobs(tmp_path, monkeypatch):
+def test_files_are_looked_for_beside_the_jobs_and_from_here(tmp_path, monkeypatch):
+    """What the command line says is looked for from here first."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "night"
-    folder.mkdir()
-    for place in ("here.png", "night/here.png", "night/mask.png", "night/lanczos"):
+    (folder / "wild").mkdir(parents=True)
+    for place in ("both.png", "night/both.png", "here.png", "night/mask.png", "night/lanczos", "a.safetensors"):
         (tmp_path / place).touch()
-    line = "a --image here.png --mask mask.png\nb --hires_scale 2 --hires_upscaler lanczos"
-    jobs = read_jobs(write(folder, "jobs.txt", line))
-    assert said(jobs, "image", "mask", "hires_upscaler") == [
-        ("here.png", str(folder / "mask.png"), "latent"),
-        ("", "", "lanczos"),
+    line = "a --image both.png --mask mask.png --wildcards wild\nb --image here.png --adapter a.safetensors\nc --hires_scale 2"
+    defaults = {"hires_upscaler": "lanczos"}
+    jobs = read_jobs(write(folder, "jobs.txt", line), defaults)
+    assert said(jobs, "image", "mask", "wildcards", "hires_upscaler") == [
+        (str(folder / "both.png"), str(folder / "mask.png"), str(folder / "wild"), "latent"),
+        ("here.png", "", "", "latent"),
+        ("", "", "", "lanczos"),
     ]
+    assert jobs[1].request.adapters[0].path == "a.safetensors"
+    (folder / "a.safetensors").touch()
+    assert read_jobs(folder / "jobs.txt", defaults)[1].request.adapters[0].path == str(folder / "a.safetensors")
+    flags = {"image": "both.png", "mask": "mask.png", "adapters": [{"path": "a.safetensors"}]}
+    (job,) = read_jobs(write(folder, "one.txt", "a"), flags)
+    assert (job.request.image, job.request.mask) == ("both.png", str(folder / "mask.png"))
+    assert job.request.adapters[0].path == "a.safetensors"
+    axis = [parse_axis("image=both.png,here.png")]
+    assert said(read_jobs(folder / "one.txt", {}, axis), "image") == [("both.png",), ("here.png",)]
+    assert said(read_jobs(write(folder, "two.txt", "a --image both.png"), {"image": "here.png"}), "image") == [
+        (str(folder / "both.png"),)
+    ]
+
+
+def test_lists_of_a_grid_are_looked_for_as_other_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "night").mkdir()
+    path = write(tmp_path / "night", "jobs.toml", '[grid]\nprompt = "@list.txt"\n')
+    write(tmp_path, "list.txt", "from here\n")
+    assert said(read_jobs(path), "prompt") == [("from here",)]
+    write(tmp_path / "night", "list.txt", "beside one\nbeside two\n")
+    assert said(read_jobs(path), "prompt") == [("beside one",), ("beside two",)]
 
 
 def test_size_and_width_of_one_job_are_refused(tmp_path):

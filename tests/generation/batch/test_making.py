@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdlora import storage
 from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.layers import LoraLayer
 from sdlora.adapters.write import write_adapter
@@ -21,6 +22,7 @@ from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, OutputError
 from sdlora.families.registry import section_sha256, usual_side
 from sdlora.families.sd import SD2
+from sdlora.generation.asked import asked_pictures
 from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.grid import parse_axis
 from sdlora.generation.batch.jobs import read_jobs
@@ -331,6 +333,30 @@ def test_identities_are_of_what_makes_a_picture(base: BaseSection, adapters: lis
     assert identities({}) != identities({}, section=base.model_copy(update={"quantize": "nf4"}))
     shutil.copy(adapters[1], tmp_path / "copy.safetensors")
     assert identities({"adapter": "copy"}) == identities({"adapter": "a1"})
+
+
+@pytest.mark.parametrize("shape", ["sd1"])
+def test_pictures_to_start_from_are_read_once_and_known_when_they_change(
+    base: BaseSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    real = storage.sha256_of_file
+    monkeypatch.setattr(storage, "sha256_of_file", lambda path: hashed.append(path.name) or real(path))
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "start.png")
+    Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
+    line = {"image": str(tmp_path / "start.png"), "mask": str(tmp_path / "mask.png"), "count": 3}
+    first = plan_of(base, line, {**line, "prompt": "a box"}, folder=tmp_path)
+    assert sorted(name for name in hashed if name.endswith("png")) == ["mask.png", "start.png"]
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "start.png")
+    os.utime(tmp_path / "start.png", (1, 1))
+    second = plan_of(base, line, folder=tmp_path)
+    assert not {picture.identity for picture in first.pictures} & {picture.identity for picture in second.pictures}
+    (asked,) = asked_pictures(first.pictures[0].request, 0, None)  # as when it is made
+    assert asked.source and asked.source.used.picture.sha256 == real(tmp_path / "start.png")
+    Image.new("L", (32, 32)).save(tmp_path / "mask.png")
+    os.utime(tmp_path / "mask.png", (1, 1))
+    with pytest.raises(ConfigError, match="has no white pixel"):
+        plan_of(base, line, folder=tmp_path)
 
 
 @pytest.mark.parametrize("shape", ["sd1"])
