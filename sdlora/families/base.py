@@ -21,7 +21,7 @@ import torch
 from sdlora.config import Quantization
 from sdlora.diffusion import Prediction
 from sdlora.errors import ConfigError
-from sdlora.families.traits import PREDICTION_NAMES, FamilyTraits
+from sdlora.families.traits import INPAINTING_CHANNELS, PREDICTION_NAMES, FamilyTraits
 
 _ADAPTER_MARKS = (".lora_", ".hada_", ".lokr_")
 """In the names of an adapter's weights, whatever its kind; no base weight's name has them."""
@@ -128,6 +128,11 @@ class LoadedBase:
         """What the UNet was trained to predict."""
         return PREDICTION_NAMES[self.scheduler.config.prediction_type]
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet takes, behind the latents, a mask and the latents of the picture with grey under it."""
+        return bool(self.unet.config.in_channels == INPAINTING_CHANNELS)
+
     def fetch_unet(self) -> None:
         """The UNet's weights are on the device. Raises ModelError where they are not what they should be."""
         if self.unet_loader is not None:
@@ -231,7 +236,7 @@ class ModelFamily(Protocol):
         conditioning: Conditioning,
         sizes: Sequence[PictureSize],
     ) -> torch.Tensor:
-        """Return the UNet's output [B,4,h,w] for noisy latents of one size."""
+        """Return the UNet's output [B,4,h,w] for noisy latents of one size, [B,9,h,w] where the base inpaints."""
         ...
 
     def make_pipeline(self, base: LoadedBase) -> Any:

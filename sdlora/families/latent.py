@@ -12,7 +12,13 @@ from diffusers import DDPMScheduler
 from sdlora.diffusion import Prediction
 from sdlora.errors import ModelError
 from sdlora.families.base import BaseParts, EncoderPart, LoadedBase
-from sdlora.families.traits import LATENT_CHANNELS, PREDICTION_NAMES, FamilyTraits, describe_channels
+from sdlora.families.traits import (
+    INPAINTING_CHANNELS,
+    LATENT_CHANNELS,
+    PREDICTION_NAMES,
+    FamilyTraits,
+    describe_channels,
+)
 from sdlora.families.words import token_counts, token_limit
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -59,7 +65,7 @@ class LatentDiffusion:
     def assemble(self, parts: BaseParts, device: torch.device, dtype: torch.dtype) -> LoadedBase:
         """Return the base made of `parts`, frozen, in evaluation mode. Raises ModelError for a UNet that cannot serve."""
         channels = parts.unet.config.in_channels
-        if channels != LATENT_CHANNELS:
+        if channels not in (LATENT_CHANNELS, INPAINTING_CHANNELS):
             raise ModelError(f"{parts.source.name}: {describe_channels(channels)}")
         for module in (parts.vae, *parts.text_encoders.values(), parts.unet):
             module.requires_grad_(False)

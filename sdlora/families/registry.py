@@ -20,7 +20,7 @@ from sdlora.diffusion import Prediction
 from sdlora.errors import ConfigError, ModelError
 from sdlora.families.base import BaseParts, BaseSource, LoadedBase, ModelFamily
 from sdlora.families.detect import BaseFacts, detect_base, family_of, read_json
-from sdlora.families.prediction import measure_prediction
+from sdlora.families.prediction import all_masked, measure_prediction
 from sdlora.families.quantize import quantize_linears
 from sdlora.families.sd import SD1, SD2
 from sdlora.families.sdxl import SDXL
@@ -180,14 +180,15 @@ def _size_depends_on_prediction(base: LoadedBase) -> bool:
 
 def _measure_when_fetched(base: LoadedBase) -> None:
     """Once the UNet is fetched the base predicts what it was found to predict; what that was is in its notes."""
-    with torch.no_grad():  # now, because the text encoders may be gone then
+    with torch.no_grad():  # now, because text encoders and VAE may be gone then
         no_prompt = base.family.encode_prompts(base, [None]).to(torch.device("cpu"))
+        shown = all_masked(base) if base.inpaints else None
     fetch = base.unet_loader
 
     def fetch_and_measure() -> None:
         if fetch is not None:
             fetch()
-        _adopt(base, measure_prediction(base, no_prompt))
+        _adopt(base, measure_prediction(base, no_prompt, shown))
 
     base.unet_loader = fetch_and_measure
 

@@ -17,6 +17,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors import safe_open
 
 from sdlora.errors import ModelError
+from sdlora.families.detect import FIRST_LAYER
 from sdlora.families.traits import TEXT_MODEL, UNET_PREFIX, VAE_PREFIX
 from sdlora.headers import SafetensorsHeader, read_header
 
@@ -43,6 +44,10 @@ class Weights(Protocol):
     configs: Path
     """The diffusers folder that describes the components."""
 
+    def settings(self, part: str) -> dict[str, Any]:
+        """Return what the weights themselves tell of how a component is built, whatever `configs` says."""
+        ...
+
     def without_place(self, part: str, model: Any) -> list[str]:
         """Return the stored weights of a component for which `model` has no place."""
         ...
@@ -62,6 +67,10 @@ class FolderWeights:
     def __init__(self, folder: Path, files: Mapping[str, Sequence[Path]]) -> None:
         self.place = self.configs = folder
         self._files = files
+
+    def settings(self, part: str) -> dict[str, Any]:
+        """Return nothing: a folder describes itself."""
+        return {}
 
     def without_place(self, part: str, model: Any) -> list[str]:
         """Return the names in the files of the folder `part` that mean nothing to `model`."""
@@ -92,6 +101,10 @@ class CheckpointWeights:
         self.place, self.configs = file, configs
         self._shapes = {key: entry.shape for key, entry in header.tensors.items()}
         self._encoder_prefixes = encoder_prefixes
+
+    def settings(self, part: str) -> dict[str, Any]:
+        """Return how many channels the UNet takes, by which inpainting ones differ."""
+        return {"in_channels": self._shapes[FIRST_LAYER][1]} if part == "unet" and FIRST_LAYER in self._shapes else {}
 
     def without_place(self, part: str, model: Any) -> list[str]:
         """Return the UNet's keys that no weight of `model` comes from; encoders have some by nature, not told here."""
@@ -164,7 +177,7 @@ def skeleton(kind: Any, weights: Weights, part: str) -> Any:
     """Return the component with its structure alone, its weights on the meta device."""
     with init_empty_weights():
         if hasattr(kind, "load_config"):  # diffusers
-            return kind.from_config(kind.load_config(weights.configs / part))
+            return kind.from_config({**kind.load_config(weights.configs / part), **weights.settings(part)})
         return kind(kind.config_class.from_pretrained(weights.configs / part))
 
 

@@ -16,6 +16,7 @@ from sdlora.families.base import LoadedBase, PromptStyle, autocast
 from sdlora.families.samplers import make_sampler
 from sdlora.generation.asked import Asked
 from sdlora.generation.batches import wants_zero_snr
+from sdlora.generation.besides import NOTHING, Besides
 from sdlora.generation.denoise import AfterStep, Course, Guidance, PromptRows, denoise
 from sdlora.generation.encoded import EncodedPrompts
 from sdlora.generation.inpaint import Canvas, canvas_of
@@ -23,10 +24,10 @@ from sdlora.generation.memory import CompiledUnet, Placement
 from sdlora.generation.noise import drawing_noise, noise_generators
 from sdlora.generation.prompt_plan import encoder_emphasis
 from sdlora.generation.recipes import PRECISION_NAMES, recipe_of
-from sdlora.generation.request import Recipe
+from sdlora.generation.request import GenerationRequest, Recipe
 from sdlora.generation.resident import Acting, ResidentAdapters
 from sdlora.generation.second_pass import AtTheEnd, second_start
-from sdlora.generation.start import Start, picture_of, start_at, steps_run
+from sdlora.generation.start import Start, masked_pictures, picture_of, start_at, steps_run
 from sdlora.generation.vae import Vae
 
 
@@ -101,13 +102,16 @@ class Renderer:
                 return denoise(self._base, scheduler, course, prompts, generators, guidance, act, checked)
 
         generators = _generators(batch)
-        start = self._start(batch, vaes, canvases, generators, encoded.dtype) if request.image else None
-        latents = one_pass(Course(size, request.steps, guided, start), encoded, generators)
+        start = (
+            self._start(batch, vaes, canvases, generators, encoded.dtype) if self._begins_at_picture(request) else None
+        )
+        course = Course(size, request.steps, guided, start, self._besides(vaes, canvases, size))
+        latents = one_pass(course, encoded, generators)
         if hires:
             larger = hires.size(size)
             with self._placement.using("vae"):
                 start = second_start(self._base, hires, vaes, latents, larger)
-            course = Course(larger, hires.scheduled_steps, guided, start)
+            course = Course(larger, hires.scheduled_steps, guided, start, self._besides(vaes, canvases, larger))
             # The noise of the second pass is the seed's first draw again, as in AUTOMATIC1111.
             latents = one_pass(course, AtTheEnd(encoded, request.steps), _generators(batch), passed=counts[0])
         return latents
@@ -126,7 +130,28 @@ class Renderer:
         shown = [canvas for canvas in canvases if canvas]
         run = steps_run(request.steps, request.strength)
         with self._placement.using("vae"), drawing_noise():
-            return start_at(vaes, shown, contents, generators, dtype, steps=run, from_noise=request.strength == 1)
+            return start_at(
+                vaes,
+                shown,
+                contents,
+                generators,
+                dtype,
+                steps=run,
+                from_noise=request.strength == 1,
+                keeps=not self._base.inpaints,
+            )
+
+    def _begins_at_picture(self, request: GenerationRequest) -> bool:
+        """Return whether it begins at its picture; an inpainting UNet that makes all under a mask anew is shown the rest."""
+        all_anew = self._base.inpaints and bool(request.mask) and request.strength == 1
+        return bool(request.image) and not all_anew
+
+    def _besides(self, vaes: Sequence[Vae], canvases: Sequence[Canvas | None], size: tuple[int, int]) -> Besides:
+        """Return what the UNet is given besides in a pass of that width and height."""
+        if not self._base.inpaints:
+            return NOTHING
+        with self._placement.using("vae"):
+            return Besides(masked_pictures(vaes, canvases, size))
 
     def _step_counts(self, scheduler: Any, asked: Asked) -> list[int]:
         """Return how many steps each pass will report."""
