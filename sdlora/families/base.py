@@ -85,6 +85,24 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Residuals:
+    """What ControlNets add to what the first half of a UNet hands to its second half, for each row of a batch."""
+
+    down: tuple[torch.Tensor, ...]
+    mid: torch.Tensor
+
+    def scaled(self, strengths: torch.Tensor) -> Residuals:
+        """Return them times a strength for each row, [R]."""
+        rows = strengths.to(self.mid)[:, None, None, None]
+        return Residuals(tuple(one * rows for one in self.down), self.mid * rows)
+
+    def __add__(self, other: Residuals) -> Residuals:
+        """Return what both add together."""
+        down = tuple(one + another for one, another in zip(self.down, other.down, strict=True))
+        return Residuals(down, self.mid + other.mid)
+
+
+@dataclass(frozen=True)
 class PictureSize:
     """What SDXL is told about a training or target picture, in pixels; others ignore it."""
 
@@ -235,8 +253,24 @@ class ModelFamily(Protocol):
         timesteps: torch.Tensor,
         conditioning: Conditioning,
         sizes: Sequence[PictureSize],
+        residuals: Residuals | None = None,
     ) -> torch.Tensor:
-        """Return the UNet's output [B,4,h,w] for noisy latents of one size, [B,9,h,w] where the base inpaints."""
+        """Return the UNet's output [B,4,h,w] for noisy latents of one size, [B,9,h,w] where the base inpaints.
+
+        `residuals` is what ControlNets add.
+        """
+        ...
+
+    def control(
+        self,
+        net: Any,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        sizes: Sequence[PictureSize],
+        maps: torch.Tensor,
+    ) -> Residuals:
+        """Return what a ControlNet adds for noisy latents [B,4,h,w], led by maps [B,3,H,W] in [0,1]."""
         ...
 
     def make_pipeline(self, base: LoadedBase) -> Any:

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 
 from sdlora.diffusion import Prediction
 from sdlora.errors import ModelError
-from sdlora.families.base import BaseParts, EncoderPart, LoadedBase
+from sdlora.families.base import BaseParts, Conditioning, EncoderPart, LoadedBase, PictureSize, Residuals
 from sdlora.families.traits import (
     INPAINTING_CHANNELS,
     LATENT_CHANNELS,
@@ -91,6 +91,41 @@ class LatentDiffusion:
             zero_without_prompt=bool(parts.index.get("force_zeros_for_empty_prompt")),
             unet_loader=parts.fill_unet,
         )
+
+    def conditions(self, conditioning: Conditioning, sizes: Sequence[PictureSize]) -> dict[str, Any]:
+        """Return what UNets and ControlNets of this family are told besides latents and timesteps."""
+        return {"encoder_hidden_states": conditioning.states}
+
+    def predict(
+        self,
+        base: LoadedBase,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        sizes: Sequence[PictureSize],
+        residuals: Residuals | None = None,
+    ) -> torch.Tensor:
+        """Return the UNet's output [B,4,h,w]."""
+        told = self.conditions(conditioning, sizes)
+        if residuals is not None:
+            told["down_block_additional_residuals"] = residuals.down
+            told["mid_block_additional_residual"] = residuals.mid
+        output: torch.Tensor = base.unet(noisy_latents, timesteps, **told, return_dict=False)[0]
+        return output
+
+    def control(
+        self,
+        net: Any,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        sizes: Sequence[PictureSize],
+        maps: torch.Tensor,
+    ) -> Residuals:
+        """Return what a ControlNet adds for maps [B,3,H,W]."""
+        told = self.conditions(conditioning, sizes)
+        down, mid = net(noisy_latents, timesteps, controlnet_cond=maps, **told, return_dict=False)
+        return Residuals(tuple(down), mid)
 
     def encode_images(self, base: LoadedBase, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and std of the scaled latents, each [B,4,H/8,W/8] float32."""

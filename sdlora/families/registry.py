@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from sdlora.families.sources import checkpoint_tokenizers, find_base, folder_tok
 from sdlora.families.traits import PREDICTION_TYPES, FamilyTraits
 from sdlora.families.weights import CheckpointWeights, FolderWeights, Weights, fill, skeleton
 from sdlora.headers import read_header
-from sdlora.storage import cached_sha256
+from sdlora.storage import cached_sha256, folder_sha256
 
 FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (SD1, SD2, SDXL)}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -288,10 +286,4 @@ def base_sha256(facts: BaseFacts) -> str:
     """Return the SHA-256 by which recipes name a base: of a checkpoint's file, or of a folder's weight files."""
     if facts.path.is_file():
         return cached_sha256(facts.path)
-    return _folder_sha256(facts.path, [file for files in facts.files.values() for file in files])
-
-
-def _folder_sha256(folder: Path, files: Sequence[Path]) -> str:
-    """Return the SHA-256 of the weight files' names and SHA-256s."""
-    digests = {file.relative_to(folder).as_posix(): cached_sha256(file) for file in files}
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return folder_sha256(facts.path, [file for files in facts.files.values() for file in files])

@@ -37,10 +37,22 @@ class Place(NamedTuple):
     transposed: bool = False
 
 
-class Weights(Protocol):
+class Tensors(Protocol):
+    """Where the weights of a model are."""
+
+    @property
+    def place(self) -> Path:
+        """The file or folder, for people."""
+        ...
+
+    def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield a component's weights by their names in `model`, a few at a time."""
+        ...
+
+
+class Weights(Tensors, Protocol):
     """Where the weights of a base's components are."""
 
-    place: Path
     configs: Path
     """The diffusers folder that describes the components."""
 
@@ -54,10 +66,6 @@ class Weights(Protocol):
 
     def places(self, part: str, model: Any) -> dict[str, Place]:
         """Return where each weight of the UNet or of a text encoder lies, by its name in `model`."""
-        ...
-
-    def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the component's weights by their names in `model`, a few at a time."""
         ...
 
 
@@ -89,7 +97,7 @@ class FolderWeights:
 
     def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the weights of the folder `part`."""
-        yield from _read(self.places(part, model))
+        yield from read_places(self.places(part, model))
 
 
 class CheckpointWeights:
@@ -125,7 +133,7 @@ class CheckpointWeights:
         if part == "vae":
             yield convert_ldm_vae_checkpoint(self._all(VAE_PREFIX), dict(model.config))
         else:
-            yield from _read(self.places(part, model))
+            yield from read_places(self.places(part, model))
 
     def _unet_names(self, model: Any) -> dict[str, str]:
         keys = {key: key for key in self._shapes if key.startswith(UNET_PREFIX)}
@@ -183,7 +191,7 @@ def skeleton(kind: Any, weights: Weights, part: str) -> Any:
 
 def fill(
     model: Any,
-    weights: Weights,
+    weights: Tensors,
     part: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -212,7 +220,7 @@ def fill(
     model.requires_grad_(False)
 
 
-def _read(places: Mapping[str, Place]) -> Iterator[dict[str, torch.Tensor]]:
+def read_places(places: Mapping[str, Place]) -> Iterator[dict[str, torch.Tensor]]:
     """Yield {name in the model: tensor}, a few at a time."""
     for file in dict.fromkeys(place.file for place in places.values()):
         items = [(target, place) for target, place in places.items() if place.file == file]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from sdlora.families.base import Conditioning, LoadedBase, PictureSize
+from sdlora.families.base import Conditioning, LoadedBase, PictureSize, Residuals
 from sdlora.generation.noise import drawing_noise
 
 
@@ -22,6 +25,8 @@ class Rows:
     sizes: Sequence[PictureSize]
     pictures: Sequence[int]
     """The number of the picture that each row belongs to."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """Which part of the pass's evaluations this one is, as shares of them."""
 
 
 Predict = Callable[[Rows], torch.Tensor]
@@ -54,11 +59,39 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class Control:
+    """A ControlNet at work for the pictures of a batch."""
+
+    net: Any
+    maps: torch.Tensor
+    """What each picture is led by, [B,3,H,W] in [0,1]."""
+    strengths: Sequence[float]
+    """Of each picture."""
+    spans: Sequence[tuple[float, float]]
+    """From which share of the pass's evaluations to which it acts, of each picture."""
+
+    def residuals(self, base: LoadedBase, rows: Rows) -> Residuals | None:
+        """Return what it adds for the rows of a batch; None where it acts in none of them now."""
+        begins, ends = rows.span
+        strengths = [
+            self.strengths[picture] * (start <= begins and ends <= end)
+            for picture in rows.pictures
+            for start, end in [self.spans[picture]]
+        ]
+        if not any(strengths):
+            return None
+        maps = self.maps[list(rows.pictures)].to(rows.inputs)
+        added = base.family.control(self.net, rows.inputs, rows.timestep, rows.conditioning, rows.sizes, maps)
+        return added.scaled(torch.tensor(strengths))
+
+
+@dataclass(frozen=True)
 class Besides:
     """What the UNet is given besides, for the pictures of a batch in one pass."""
 
     masked: Masked | None = None
     """Where the base inpaints."""
+    controls: Sequence[Control] = ()
 
     def begun(self, base: LoadedBase, generators: Sequence[torch.Generator]) -> Predict:
         """Return the UNet as it is asked in this pass.
@@ -69,9 +102,11 @@ class Besides:
 
         def predict(rows: Rows) -> torch.Tensor:
             inputs = rows.inputs
+            added = [one for control in self.controls if (one := control.residuals(base, rows))]
+            residuals = functools.reduce(operator.add, added) if added else None
             if shown is not None:
                 inputs = torch.cat([inputs, shown[list(rows.pictures)].to(inputs)], dim=1)
-            return base.family.predict(base, inputs, rows.timestep, rows.conditioning, rows.sizes)
+            return base.family.predict(base, inputs, rows.timestep, rows.conditioning, rows.sizes, residuals)
 
         return predict
 

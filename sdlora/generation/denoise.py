@@ -104,7 +104,8 @@ def denoise(
         pictures = [guide.picture for guide in batch]
         act(pictures, step)
         inputs = scheduler.scale_model_input(latents[pictures], timestep)
-        predicted = predict(Rows(inputs, timestep, conditioning, [size] * len(batch), pictures))
+        span = number / len(timesteps), (number + 1) / len(timesteps)
+        predicted = predict(Rows(inputs, timestep, conditioning, [size] * len(batch), pictures, span))
         if course.guided:
             predicted = _guide(predicted, batch, guidance)
         dtype = latents.dtype

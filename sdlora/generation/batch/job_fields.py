@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from sdlora.config.section import is_file_stem
 from sdlora.errors import ConfigError
 from sdlora.generation.adapter_text import parse_adapters
+from sdlora.generation.control_text import split_control
 from sdlora.generation.pictures import SUFFIXES
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, idle_settings
 
@@ -130,7 +131,7 @@ def read_values(values: Mapping[str, Any], defaults: Collection[str] = ()) -> Re
     made = {field: value for field, value in left.items() if field not in BESIDE_REQUEST}
     problems = []
     take_adapters = functools.partial(_take_adapters, weight_is_default="weight" in defaults)
-    for take in (_take_seed, _take_size, take_adapters, _check_name):
+    for take in (_take_seed, _take_size, take_adapters, _take_control, _check_name):
         try:
             take(left, made)
         except ConfigError as error:
@@ -199,6 +200,19 @@ def _adapters(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, Sequence):
         return [adapter for item in value for adapter in _adapters(item)]
     raise ConfigError(f"adapters is {value!r}; expected for example 'my-cat:0.8;oldfilm:0.5'")
+
+
+def _take_control(values: Mapping[str, Any], made: dict[str, Any]) -> None:
+    """The request has the job's ControlNets, from a text, a table, or a list of tables."""
+    if "control" in values:
+        control = made.pop("control")
+        listed = [control] if isinstance(control, str | Mapping) else control
+        if not isinstance(listed, Sequence):
+            raise ConfigError(f"control is {control!r}; expected for example 'canny.safetensors edges.png 0.8'")
+        made["control"] = [
+            split_control(one) if isinstance(one, str) else dict(one) if isinstance(one, Mapping) else one
+            for one in listed
+        ]
 
 
 def _check_name(values: Mapping[str, Any], made: dict[str, Any]) -> None:

@@ -105,6 +105,13 @@ def _job(draft: Draft, read: Read, folder: Path, find: Callable[[str], str]) -> 
                 adapter["path"] = find(adapter["path"])
         except ConfigError as error:
             problems.append(str(error))
+    for control in made.get("control", ()):
+        if isinstance(control, dict):
+            control |= {
+                name: _seen_from(folder, control[name])
+                for name in ("model", "image")
+                if isinstance(control.get(name), str)
+            }
     made |= {name: _seen_from(folder, file) for name, file in files_of(made).items()}
     try:
         request = validated(GenerationRequest, made, draft.where)
