@@ -285,6 +285,12 @@ def cached_sha256(path: Path) -> str:
     return digest
 
 
+def folder_sha256(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 of these files' names below a folder and their SHA-256s."""
+    digests = {file.relative_to(folder).as_posix(): cached_sha256(file) for file in files}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
 def remembered_sha256(path: Path) -> str:
     """SHA-256 of a file that was hashed before and has not changed since, else ""."""
     state = path.stat()

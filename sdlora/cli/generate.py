@@ -16,6 +16,7 @@ from sdlora.errors import ConfigError
 from sdlora.families.registry import declared_prediction
 from sdlora.families.schedule import refuse_pure_noise
 from sdlora.generation.asked import check_pictures
+from sdlora.generation.controls import refuse_foreign_controls
 from sdlora.generation.engine import refuse_foreign_adapters
 from sdlora.generation.picture_names import DEFAULT_TEMPLATE, FIELDS, check_template, picture_path
 from sdlora.generation.pictures import FileFormat
@@ -43,6 +44,7 @@ def _generate(options: argparse.Namespace, request: GenerationRequest, folder: P
     if request.zero_snr == "on":
         refuse_pure_noise(declared_prediction(base), base.path)
     refuse_foreign_adapters(base, [choice.path for choice in request.adapters])
+    refuse_foreign_controls(base, request)
     engine = load_engine(options, AdapterLibrary(options.library).path_of)
     before = engine.weights_sha256() if options.verify else ""
     history = History(folder)

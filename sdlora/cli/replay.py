@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "--inputs",
         default="",
         metavar="FOLDER",
-        help="folder of what the picture was made from (start, mask, upscaler), where that is not beside it",
+        help="folder of what the picture was made from (start, mask, upscaler, ControlNets), where that is not beside it",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: as the recipe says")
     add_offload_flag(parser)
@@ -106,6 +106,8 @@ def _show(recipe: Recipe) -> None:
     print(f"base: {recipe.base}, SHA-256 {recipe.base_sha256[:16]}...")
     for item in recipe.adapters:
         print(f"adapter: {item.name} at {item.weight:g}, SHA-256 {item.sha256[:16]}...")
+    for control in recipe.controls:
+        print(f"ControlNet: {control.model} at {control.strength:g}, led by {control.picture.name}")
 
 
 def _verdict(found: Comparison) -> str:

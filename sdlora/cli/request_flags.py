@@ -8,6 +8,7 @@ from typing import Any, get_args
 from sdlora.cli.picture_flags import add_picture_flags, picture_settings
 from sdlora.cli.sampler_flags import add_sampler_flags, sampler_values
 from sdlora.generation.adapter_text import parse_adapter
+from sdlora.generation.control_text import parse_control
 from sdlora.generation.prompt_plan import Emphases
 from sdlora.generation.request import GenerationRequest
 
@@ -45,6 +46,15 @@ def add_request_flags(parser: argparse.ArgumentParser, *, prompt_required: bool 
     parser.add_argument("--wildcards", default="", metavar="FOLDER", help=fields["wildcards"])
     parser.add_argument("--width", type=int, default=0, help=fields["width"])
     parser.add_argument("--height", type=int, default=0, help=fields["height"])
+    parser.add_argument(
+        "--control",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("MODEL", "IMAGE"),
+        help="a ControlNet (file, folder or Hugging Face id) and its map, then perhaps strength (default 1) and steps as shares "
+        "of all (default 0-1): --control canny.safetensors edges.png 0.8 0-0.6; several times for several",
+    )
     add_picture_flags(parser)
 
 
@@ -53,4 +63,10 @@ def request_values(options: argparse.Namespace) -> dict[str, Any]:
     values = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
     more = {**sampler_values(options), **picture_settings(options)}
     adapters = [parse_adapter(text) for text in options.adapter]
-    return {**values, **more, **({"adapters": adapters} if adapters else {})}
+    control = [parse_control(words) for words in options.control]
+    return {
+        **values,
+        **more,
+        **({"adapters": adapters} if adapters else {}),
+        **({"control": control} if control else {}),
+    }

@@ -21,7 +21,7 @@ import torch
 from sdlora.config import Quantization
 from sdlora.diffusion import Prediction
 from sdlora.errors import ConfigError
-from sdlora.families.traits import PREDICTION_NAMES, FamilyTraits
+from sdlora.families.traits import INPAINTING_CHANNELS, PREDICTION_NAMES, FamilyTraits
 
 _ADAPTER_MARKS = (".lora_", ".hada_", ".lokr_")
 """In the names of an adapter's weights, whatever its kind; no base weight's name has them."""
@@ -85,6 +85,24 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Residuals:
+    """What ControlNets add to what the first half of a UNet hands to its second half, for each row of a batch."""
+
+    down: tuple[torch.Tensor, ...]
+    mid: torch.Tensor
+
+    def scaled(self, strengths: torch.Tensor) -> Residuals:
+        """Return them times a strength for each row, [R]."""
+        rows = strengths.to(self.mid)[:, None, None, None]
+        return Residuals(tuple(one * rows for one in self.down), self.mid * rows)
+
+    def __add__(self, other: Residuals) -> Residuals:
+        """Return what both add together."""
+        down = tuple(one + another for one, another in zip(self.down, other.down, strict=True))
+        return Residuals(down, self.mid + other.mid)
+
+
+@dataclass(frozen=True)
 class PictureSize:
     """What SDXL is told about a training or target picture, in pixels; others ignore it."""
 
@@ -127,6 +145,11 @@ class LoadedBase:
     def prediction(self) -> Prediction:
         """What the UNet was trained to predict."""
         return PREDICTION_NAMES[self.scheduler.config.prediction_type]
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet takes, behind the latents, a mask and the latents of the picture with grey under it."""
+        return bool(self.unet.config.in_channels == INPAINTING_CHANNELS)
 
     def fetch_unet(self) -> None:
         """The UNet's weights are on the device. Raises ModelError where they are not what they should be."""
@@ -230,8 +253,24 @@ class ModelFamily(Protocol):
         timesteps: torch.Tensor,
         conditioning: Conditioning,
         sizes: Sequence[PictureSize],
+        residuals: Residuals | None = None,
     ) -> torch.Tensor:
-        """Return the UNet's output [B,4,h,w] for noisy latents of one size."""
+        """Return the UNet's output [B,4,h,w] for noisy latents of one size, [B,9,h,w] where the base inpaints.
+
+        `residuals` is what ControlNets add.
+        """
+        ...
+
+    def control(
+        self,
+        net: Any,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        sizes: Sequence[PictureSize],
+        maps: torch.Tensor,
+    ) -> Residuals:
+        """Return what a ControlNet adds for noisy latents [B,4,h,w], led by maps [B,3,H,W] in [0,1]."""
         ...
 
     def make_pipeline(self, base: LoadedBase) -> Any:

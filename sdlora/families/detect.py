@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sdlora.errors import ModelError
 from sdlora.families.traits import (
     ALL_TRAITS,
+    INPAINTING_CHANNELS,
     LATENT_CHANNELS,
     PREDICTION_NAMES,
     PREDICTION_TYPES,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from sdlora.diffusion import Prediction
 
 _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
-_FIRST_LAYER = UNET_PREFIX + "input_blocks.0.0.weight"
+FIRST_LAYER = UNET_PREFIX + "input_blocks.0.0.weight"
 _EMA_PREFIX = "model_ema."
 # Entries of original checkpoints beside the components: the noise schedule's tables, counters, markers.
 _BOOKKEEPING = {
@@ -46,8 +47,9 @@ _FOREIGN = {
     "double_blocks.": "is a Flux checkpoint, which sdlora does not support",
     "edm_mean": "is a Playground 2.5 checkpoint (EDM), which sdlora does not support",
     "edm_vpred.sigma_max": "is a CosXL checkpoint (EDM), which sdlora does not support",
-    "control_model.": "is a ControlNet, not a base",
-    "zero_convs.": "is a ControlNet, not a base",
+    "control_model.": "is a ControlNet, not a base; give it as --control, with a base beside it",
+    "zero_convs.": "is a ControlNet, not a base; give it as --control, with a base beside it",
+    "controlnet_cond_embedding.": "is a ControlNet, not a base; give it as --control, with a base beside it",
     "noise_augmentor.": "is an unCLIP model, which makes pictures of pictures, and no text-to-image base",
     ".scale_weight": "is stored in scaled fp8, which sdlora does not read; get it in fp16 or bf16",
     ".scale_input": "is stored in scaled fp8, which sdlora does not read; get it in fp16 or bf16",
@@ -87,6 +89,8 @@ class BaseFacts:
     """Component -> its weight files; a checkpoint is one file for all."""
     odd: tuple[str, ...]
     """What a user might want to know, a sentence each."""
+    inpaints: bool = False
+    """Whether its UNet is also shown a mask, and the picture around it."""
 
 
 def detect_base(path: Path, variant: str = "") -> BaseFacts:
@@ -123,10 +127,13 @@ def _family_of_folder(folder: Path) -> FamilyTraits:
         raise ModelError(f"{folder}: has a UNet of an unknown kind ({config.get('addition_embed_type')!r} embedding)")
     if family is SDXL_TRAITS and not (folder / "text_encoder").is_dir() and (folder / "text_encoder_2").is_dir():
         raise ModelError(f"{folder}: is the refiner of Stable Diffusion XL, not its base")
-    channels = config.get("in_channels", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS:
-        raise ModelError(f"{folder}: {describe_channels(channels)}")
+    _check_channels(folder, config.get("in_channels", LATENT_CHANNELS))
     return family
+
+
+def _check_channels(place: Path, channels: int) -> None:
+    if channels not in (LATENT_CHANNELS, INPAINTING_CHANNELS):
+        raise ModelError(f"{place}: {describe_channels(channels)}")
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -164,6 +171,7 @@ def _facts_of_folder(folder: Path, variant: str) -> BaseFacts:
         components=components,
         files=files,
         odd=(*odd, *_odd_precisions(components)),
+        inpaints=read_json(folder / "unet" / "config.json").get("in_channels") == INPAINTING_CHANNELS,
     )
 
 
@@ -228,6 +236,7 @@ def _facts_of_file(path: Path) -> BaseFacts:
             *_odd_precisions(components),
             *_undeclared(prediction),
         ),
+        inpaints=header.tensors[FIRST_LAYER].shape[1] == INPAINTING_CHANNELS,
     )
 
 
@@ -235,7 +244,7 @@ def _family_of_keys(path: Path, header: SafetensorsHeader) -> FamilyTraits:
     keys = header.tensors
     for family in ALL_TRAITS:
         prefixes = family.encoder_prefixes.values()
-        if _FIRST_LAYER in keys and all(any(key.startswith(prefix) for key in keys) for prefix in prefixes):
+        if FIRST_LAYER in keys and all(any(key.startswith(prefix) for key in keys) for prefix in prefixes):
             break
     else:
         raise ModelError(f"{path}: {_describe_foreign(keys)}")
@@ -246,9 +255,8 @@ def _family_of_keys(path: Path, header: SafetensorsHeader) -> FamilyTraits:
             raise ModelError(f"{path}: {_FOREIGN[mark]}")
     if not family.takes_sizes and any(key.startswith(UNET_PREFIX + "label_emb.") for key in keys):
         raise ModelError(f"{path}: {_CLASS_CONDITIONED}")
-    shape = keys[_FIRST_LAYER].shape
-    if len(shape) != 4 or shape[1] != LATENT_CHANNELS:
-        raise ModelError(f"{path}: {describe_channels(shape[1] if len(shape) > 1 else 0)}")
+    shape = keys[FIRST_LAYER].shape
+    _check_channels(path, shape[1] if len(shape) == 4 else 0)
     return family
 
 
@@ -256,9 +264,9 @@ def _describe_foreign(keys: Mapping[str, TensorEntry]) -> str:
     for mark, sentence in _FOREIGN.items():
         if any(mark in key for key in keys):
             return sentence
-    if any(key.startswith(("decoder.conv_in.", VAE_PREFIX)) for key in keys) and _FIRST_LAYER not in keys:
+    if any(key.startswith(("decoder.conv_in.", VAE_PREFIX)) for key in keys) and FIRST_LAYER not in keys:
         return "is a VAE alone; use a full checkpoint"
-    if _FIRST_LAYER in keys:
+    if FIRST_LAYER in keys:
         return "holds no text encoder; use the full checkpoint, not the UNet alone"
     if any(key.startswith("down_blocks.") for key in keys):
         return "is a single component of a diffusers folder; name the folder that holds model_index.json"

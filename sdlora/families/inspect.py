@@ -28,6 +28,7 @@ class BaseReport:
             "path": str(facts.path),
             "layout": "checkpoint" if facts.path.is_file() else "folder",
             "family": facts.family.name,
+            "inpainting": facts.inpaints,
             "prediction": facts.prediction,
             "prediction_declared_by": facts.declared_by or None,
             "zero_terminal_snr": facts.zero_terminal_snr,
@@ -47,9 +48,13 @@ class BaseReport:
         """Return the report for people, a line each."""
         facts = self.facts
         declared = f"{facts.prediction} (says {facts.declared_by})" if facts.prediction else "not declared"
+        kinds = [
+            "checkpoint" if facts.path.is_file() else "diffusers folder",
+            *(["inpainting"] if facts.inpaints else []),
+        ]
         lines = [
             str(facts.path),
-            f"  family      {facts.family.title} ({'checkpoint' if facts.path.is_file() else 'diffusers folder'})",
+            f"  family      {facts.family.title} ({', '.join(kinds)})",
             f"  predicts    {declared}{', zero terminal SNR' if facts.zero_terminal_snr else ''}",
             f"  size        {self.size_bytes / 1e9:.2f} GB",
         ]

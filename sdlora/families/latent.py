@@ -11,8 +11,14 @@ from diffusers import DDPMScheduler
 
 from sdlora.diffusion import Prediction
 from sdlora.errors import ModelError
-from sdlora.families.base import BaseParts, EncoderPart, LoadedBase
-from sdlora.families.traits import LATENT_CHANNELS, PREDICTION_NAMES, FamilyTraits, describe_channels
+from sdlora.families.base import BaseParts, Conditioning, EncoderPart, LoadedBase, PictureSize, Residuals
+from sdlora.families.traits import (
+    INPAINTING_CHANNELS,
+    LATENT_CHANNELS,
+    PREDICTION_NAMES,
+    FamilyTraits,
+    describe_channels,
+)
 from sdlora.families.words import token_counts, token_limit
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -59,7 +65,7 @@ class LatentDiffusion:
     def assemble(self, parts: BaseParts, device: torch.device, dtype: torch.dtype) -> LoadedBase:
         """Return the base made of `parts`, frozen, in evaluation mode. Raises ModelError for a UNet that cannot serve."""
         channels = parts.unet.config.in_channels
-        if channels != LATENT_CHANNELS:
+        if channels not in (LATENT_CHANNELS, INPAINTING_CHANNELS):
             raise ModelError(f"{parts.source.name}: {describe_channels(channels)}")
         for module in (parts.vae, *parts.text_encoders.values(), parts.unet):
             module.requires_grad_(False)
@@ -85,6 +91,41 @@ class LatentDiffusion:
             zero_without_prompt=bool(parts.index.get("force_zeros_for_empty_prompt")),
             unet_loader=parts.fill_unet,
         )
+
+    def conditions(self, conditioning: Conditioning, sizes: Sequence[PictureSize]) -> dict[str, Any]:
+        """Return what UNets and ControlNets of this family are told besides latents and timesteps."""
+        return {"encoder_hidden_states": conditioning.states}
+
+    def predict(
+        self,
+        base: LoadedBase,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        sizes: Sequence[PictureSize],
+        residuals: Residuals | None = None,
+    ) -> torch.Tensor:
+        """Return the UNet's output [B,4,h,w]."""
+        told = self.conditions(conditioning, sizes)
+        if residuals is not None:
+            told["down_block_additional_residuals"] = residuals.down
+            told["mid_block_additional_residual"] = residuals.mid
+        output: torch.Tensor = base.unet(noisy_latents, timesteps, **told, return_dict=False)[0]
+        return output
+
+    def control(
+        self,
+        net: Any,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        sizes: Sequence[PictureSize],
+        maps: torch.Tensor,
+    ) -> Residuals:
+        """Return what a ControlNet adds for maps [B,3,H,W]."""
+        told = self.conditions(conditioning, sizes)
+        down, mid = net(noisy_latents, timesteps, controlnet_cond=maps, **told, return_dict=False)
+        return Residuals(tuple(down), mid)
 
     def encode_images(self, base: LoadedBase, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and std of the scaled latents, each [B,4,H/8,W/8] float32."""

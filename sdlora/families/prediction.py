@@ -17,6 +17,7 @@ _FITS = 0.5
 _IS_THE_NOISE = 0.25
 _IS_NOT_THE_NOISE = 0.75
 _LATENT_SIDE = 16
+_SIDE = 8 * _LATENT_SIDE
 
 
 def prediction_losses(
@@ -26,13 +27,16 @@ def prediction_losses(
     timesteps: torch.Tensor,
     conditioning: Conditioning,
     sizes: Sequence[PictureSize],
+    shown: torch.Tensor | None = None,
 ) -> dict[Prediction, float]:
     """Return the mean squared error of the UNet's output against the epsilon and the v target, over that target's own.
 
-    So 0 is a perfect fit and 1 what an output of zeros would have.
+    So 0 is a perfect fit and 1 what an output of zeros would have. `shown` [B,5,h,w] is what an inpainting UNet is.
     """
     table = base.alphas_cumprod
     noisy = add_noise(latents, noise, timesteps, table).to(base.device, base.dtype)
+    if shown is not None:
+        noisy = torch.cat([noisy, shown.to(noisy)], dim=1)
     with torch.no_grad(), autocast(base):
         texts = conditioning.to(base.device, base.dtype)
         output = base.family.predict(base, noisy, timesteps.to(base.device), texts, sizes).float().cpu()
@@ -73,8 +77,18 @@ def check_prediction(
     )
 
 
-def measure_prediction(base: LoadedBase, no_prompt: Conditioning) -> Prediction | None:
+def all_masked(base: LoadedBase) -> torch.Tensor:
+    """Return what an inpainting UNet is shown [1,5,h,w], for measuring it, of a picture that is masked as a whole."""
+    grey, _ = base.family.encode_images(base, torch.zeros(1, 3, _SIDE, _SIDE))
+    return torch.cat([torch.ones_like(grey[:, :1]), grey], dim=1)
+
+
+def measure_prediction(
+    base: LoadedBase, no_prompt: Conditioning, shown: torch.Tensor | None = None
+) -> Prediction | None:
     """Return what the UNet predicts, told without any picture; None where that is not clear.
+
+    `shown` is what `all_masked` gives, for an inpainting UNet.
 
     Near the last timestep the input is almost pure noise. An epsilon model returns it; a v model returns
     minus its guess of the picture, which has nothing to do with it. `no_prompt` is one row. Raises ModelError
@@ -83,9 +97,8 @@ def measure_prediction(base: LoadedBase, no_prompt: Conditioning) -> Prediction 
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((1, 4, _LATENT_SIDE, _LATENT_SIDE), generator=generator)
     timesteps = torch.tensor([int(0.99 * len(base.alphas_cumprod))])
-    side = 8 * _LATENT_SIDE
-    size = PictureSize((side, side), (0, 0), (side, side))
-    loss = prediction_losses(base, torch.zeros_like(noise), noise, timesteps, no_prompt, [size])["epsilon"]
+    size = PictureSize((_SIDE, _SIDE), (0, 0), (_SIDE, _SIDE))
+    loss = prediction_losses(base, torch.zeros_like(noise), noise, timesteps, no_prompt, [size], shown)["epsilon"]
     if not math.isfinite(loss):
         raise ModelError(
             f"{base.source.name}: its UNet gives NaN in {base.dtype}; use another base.precision, or get the file again"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ from sdlora.errors import ConfigError, ModelError
 from sdlora.families.base import BaseParts, BaseSource, LoadedBase, ModelFamily
 from sdlora.families.detect import BaseFacts, detect_base, family_of, read_json
 from sdlora.families.latent import sampler_class
-from sdlora.families.prediction import measure_prediction
+from sdlora.families.prediction import all_masked, measure_prediction
 from sdlora.families.quantize import quantize_linears
 from sdlora.families.sd import SD1, SD2
 from sdlora.families.sdxl import SDXL
@@ -29,7 +27,7 @@ from sdlora.families.sources import checkpoint_tokenizers, find_base, folder_tok
 from sdlora.families.traits import PREDICTION_TYPES, FamilyTraits
 from sdlora.families.weights import CheckpointWeights, FolderWeights, Weights, fill, skeleton
 from sdlora.headers import read_header
-from sdlora.storage import cached_sha256
+from sdlora.storage import cached_sha256, folder_sha256
 
 FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (SD1, SD2, SDXL)}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -181,14 +179,15 @@ def _size_depends_on_prediction(base: LoadedBase) -> bool:
 
 def _measure_when_fetched(base: LoadedBase) -> None:
     """Once the UNet is fetched the base predicts what it was found to predict; what that was is in its notes."""
-    with torch.no_grad():  # now, because the text encoders may be gone then
+    with torch.no_grad():  # now, because text encoders and VAE may be gone then
         no_prompt = base.family.encode_prompts(base, [None]).to(torch.device("cpu"))
+        shown = all_masked(base) if base.inpaints else None
     fetch = base.unet_loader
 
     def fetch_and_measure() -> None:
         if fetch is not None:
             fetch()
-        _adopt(base, measure_prediction(base, no_prompt))
+        _adopt(base, measure_prediction(base, no_prompt, shown))
 
     base.unet_loader = fetch_and_measure
 
@@ -294,10 +293,4 @@ def base_sha256(facts: BaseFacts) -> str:
     """Return the SHA-256 by which recipes name a base: of a checkpoint's file, or of a folder's weight files."""
     if facts.path.is_file():
         return cached_sha256(facts.path)
-    return _folder_sha256(facts.path, [file for files in facts.files.values() for file in files])
-
-
-def _folder_sha256(folder: Path, files: Sequence[Path]) -> str:
-    """Return the SHA-256 of the weight files' names and SHA-256s."""
-    digests = {file.relative_to(folder).as_posix(): cached_sha256(file) for file in files}
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return folder_sha256(facts.path, [file for files in facts.files.values() for file in files])

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
-from sdlora.families.base import PLAIN, Conditioning, EncoderPart, LoadedBase, PictureSize, PromptStyle, Segments
+from sdlora.families.base import PLAIN, Conditioning, EncoderPart, LoadedBase, PromptStyle, Segments
 from sdlora.families.latent import LatentDiffusion, sampler
 from sdlora.families.prompts import NOTHING, chunk_count, encode_chunks
 from sdlora.families.traits import SD1_TRAITS, SD2_TRAITS
@@ -30,20 +29,6 @@ class StableDiffusion(LatentDiffusion):
         given = [prompt or NOTHING for prompt in prompts]
         length, layer = chunk_count(base, given), style.clip_skip
         return Conditioning(encode_chunks(base, "text_encoder", given, length, style, layer=layer, normed=True)[0])
-
-    def predict(
-        self,
-        base: LoadedBase,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Conditioning,
-        sizes: Sequence[PictureSize],
-    ) -> torch.Tensor:
-        """Return the UNet's output [B,4,h,w]; SD 1.x and 2.x take no picture sizes."""
-        output: torch.Tensor = base.unet(
-            noisy_latents, timesteps, encoder_hidden_states=conditioning.states, return_dict=False
-        )[0]
-        return output
 
     def make_pipeline(self, base: LoadedBase) -> StableDiffusionPipeline:
         """Return the text-to-image pipeline over these components, with the base's own sampler."""

@@ -51,27 +51,14 @@ class StableDiffusionXL(LatentDiffusion):
             states.append(found)
         return _without_prompt(base, Conditioning(torch.cat(states, dim=-1), pooled), prompts)
 
-    def predict(
-        self,
-        base: LoadedBase,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Conditioning,
-        sizes: Sequence[PictureSize],
-    ) -> torch.Tensor:
-        """Return the UNet's output [B,4,h,w]; each picture's sizes are (height, width) in pixels."""
+    def conditions(self, conditioning: Conditioning, sizes: Sequence[PictureSize]) -> dict[str, Any]:
+        """Return states, pooled embedding and each picture's sizes, (height, width) in pixels."""
         numbers = [[*size.original, *size.crop_top_left, *size.target] for size in sizes]
-        output: torch.Tensor = base.unet(
-            noisy_latents,
-            timesteps,
-            encoder_hidden_states=conditioning.states,
-            added_cond_kwargs={
-                "text_embeds": conditioning.pooled,
-                "time_ids": torch.tensor(numbers, device=noisy_latents.device, dtype=torch.float32),
-            },
-            return_dict=False,
-        )[0]
-        return output
+        time_ids = torch.tensor(numbers, device=conditioning.states.device, dtype=torch.float32)
+        return {
+            "encoder_hidden_states": conditioning.states,
+            "added_cond_kwargs": {"text_embeds": conditioning.pooled, "time_ids": time_ids},
+        }
 
     def make_pipeline(self, base: LoadedBase) -> StableDiffusionXLPipeline:
         """Return the text-to-image pipeline over these components, with the base's own sampler."""

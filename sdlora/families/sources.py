@@ -146,15 +146,20 @@ def _holds_tokenizer(folder: Path) -> bool:
     return pair or (folder / "tokenizer.json").is_file()
 
 
-def _hub_folder(name: str, *, local_only: bool) -> Path | None:
-    """Return the folder of a Hugging Face id's tokenizer files, or None where they cannot be had."""
+def cached_folder(name: str, wanted: Sequence[str]) -> Path | None:
+    """Return the local folder of a Hugging Face id whose files of these patterns were downloaded before, else None."""
+    return _hub_folder(name, local_only=True, wanted=wanted)
+
+
+def _hub_folder(name: str, *, local_only: bool, wanted: Sequence[str] = _TOKENIZER_FILES) -> Path | None:
+    """Return the folder of a Hugging Face id's files, the tokenizer's unless others are wanted; None where there are none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     if not is_hub_id(name):
         return None
     try:
-        return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES, local_files_only=local_only))
+        return Path(snapshot_download(name, allow_patterns=list(wanted), local_files_only=local_only))
     except (HfHubHTTPError, OSError, ValueError):
         return None
 

@@ -13,6 +13,8 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 """How the keys of UNet and VAE begin in a checkpoint in the original layout, whatever its family."""
 LATENT_CHANNELS = 4
+INPAINTING_CHANNELS = 9
+"""Of an inpainting UNet: latents, a mask, and the latents of the picture with grey under that mask."""
 PREDICTION_TYPES: dict[Prediction, str] = {"epsilon": "epsilon", "v": "v_prediction"}
 """Our names of what a UNet predicts -> the library's."""
 PREDICTION_NAMES: dict[str, Prediction] = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
@@ -94,9 +96,9 @@ def family_title(name: str) -> str:
 
 
 def describe_channels(channels: int) -> str:
-    """Return the sentence for a UNet that does not take plain latents."""
-    kind = {8: "an image-editing", 9: "an inpainting"}.get(channels, "another kind of")
+    """Return the sentence for a UNet that takes neither plain latents nor those of inpainting."""
+    kind = {8: "an image-editing"}.get(channels, "another kind of")
     return (
-        f"is {kind} model (its UNet takes {channels} channels instead of {LATENT_CHANNELS}); "
-        "use the plain text-to-image base that it was made from"
+        f"is {kind} model (its UNet takes {channels} channels instead of {LATENT_CHANNELS}, or {INPAINTING_CHANNELS} for "
+        "inpainting); use the plain text-to-image base that it was made from"
     )

@@ -17,6 +17,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors import safe_open
 
 from sdlora.errors import ModelError
+from sdlora.families.detect import FIRST_LAYER
 from sdlora.families.traits import TEXT_MODEL, UNET_PREFIX, VAE_PREFIX
 from sdlora.headers import SafetensorsHeader, read_header
 
@@ -36,12 +37,28 @@ class Place(NamedTuple):
     transposed: bool = False
 
 
-class Weights(Protocol):
+class Tensors(Protocol):
+    """Where the weights of a model are."""
+
+    @property
+    def place(self) -> Path:
+        """The file or folder, for people."""
+        ...
+
+    def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield a component's weights by their names in `model`, a few at a time."""
+        ...
+
+
+class Weights(Tensors, Protocol):
     """Where the weights of a base's components are."""
 
-    place: Path
     configs: Path
     """The diffusers folder that describes the components."""
+
+    def settings(self, part: str) -> dict[str, Any]:
+        """Return what the weights themselves tell of how a component is built, whatever `configs` says."""
+        ...
 
     def without_place(self, part: str, model: Any) -> list[str]:
         """Return the stored weights of a component for which `model` has no place."""
@@ -51,10 +68,6 @@ class Weights(Protocol):
         """Return where each weight of the UNet or of a text encoder lies, by its name in `model`."""
         ...
 
-    def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the component's weights by their names in `model`, a few at a time."""
-        ...
-
 
 class FolderWeights:
     """The safetensors files of a diffusers folder, one component's after the other's."""
@@ -62,6 +75,10 @@ class FolderWeights:
     def __init__(self, folder: Path, files: Mapping[str, Sequence[Path]]) -> None:
         self.place = self.configs = folder
         self._files = files
+
+    def settings(self, part: str) -> dict[str, Any]:
+        """Return nothing: a folder describes itself."""
+        return {}
 
     def without_place(self, part: str, model: Any) -> list[str]:
         """Return the names in the files of the folder `part` that mean nothing to `model`."""
@@ -80,7 +97,7 @@ class FolderWeights:
 
     def tensors(self, part: str, model: Any) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the weights of the folder `part`."""
-        yield from _read(self.places(part, model))
+        yield from read_places(self.places(part, model))
 
 
 class CheckpointWeights:
@@ -92,6 +109,10 @@ class CheckpointWeights:
         self.place, self.configs = file, configs
         self._shapes = {key: entry.shape for key, entry in header.tensors.items()}
         self._encoder_prefixes = encoder_prefixes
+
+    def settings(self, part: str) -> dict[str, Any]:
+        """Return how many channels the UNet takes, by which inpainting ones differ."""
+        return {"in_channels": self._shapes[FIRST_LAYER][1]} if part == "unet" and FIRST_LAYER in self._shapes else {}
 
     def without_place(self, part: str, model: Any) -> list[str]:
         """Return the UNet's keys that no weight of `model` comes from; encoders have some by nature, not told here."""
@@ -112,7 +133,7 @@ class CheckpointWeights:
         if part == "vae":
             yield convert_ldm_vae_checkpoint(self._all(VAE_PREFIX), dict(model.config))
         else:
-            yield from _read(self.places(part, model))
+            yield from read_places(self.places(part, model))
 
     def _unet_names(self, model: Any) -> dict[str, str]:
         keys = {key: key for key in self._shapes if key.startswith(UNET_PREFIX)}
@@ -164,13 +185,13 @@ def skeleton(kind: Any, weights: Weights, part: str) -> Any:
     """Return the component with its structure alone, its weights on the meta device."""
     with init_empty_weights():
         if hasattr(kind, "load_config"):  # diffusers
-            return kind.from_config(kind.load_config(weights.configs / part))
+            return kind.from_config({**kind.load_config(weights.configs / part), **weights.settings(part)})
         return kind(kind.config_class.from_pretrained(weights.configs / part))
 
 
 def fill(
     model: Any,
-    weights: Weights,
+    weights: Tensors,
     part: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -199,7 +220,7 @@ def fill(
     model.requires_grad_(False)
 
 
-def _read(places: Mapping[str, Place]) -> Iterator[dict[str, torch.Tensor]]:
+def read_places(places: Mapping[str, Place]) -> Iterator[dict[str, torch.Tensor]]:
     """Yield {name in the model: tensor}, a few at a time."""
     for file in dict.fromkeys(place.file for place in places.values()):
         items = [(target, place) for target, place in places.items() if place.file == file]

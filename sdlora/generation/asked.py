@@ -10,6 +10,7 @@ from pathlib import Path
 from sdlora.config import validated
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase
+from sdlora.generation.controls import AskedControl, read_controls
 from sdlora.generation.hires import Hires, read_hires
 from sdlora.generation.prompt_plan import PicturePrompts, PromptPlan, picture_prompts, plan_prompt
 from sdlora.generation.prompts import Tag, parse_tags
@@ -37,6 +38,8 @@ class Asked:
     """The picture that it starts from."""
     hires: Hires | None = None
     """Its second pass."""
+    controls: tuple[AskedControl, ...] = ()
+    """Its ControlNets."""
 
     @property
     def guided(self) -> bool:
@@ -53,9 +56,10 @@ class Asked:
 
 
 def check_pictures(request: GenerationRequest) -> None:
-    """Raise DataError, FormatError or ConfigError for a picture, mask or upscaler that cannot be used, before a base is loaded."""
+    """Raise SdloraError for a picture, mask, upscaler or ControlNet that cannot be used, before a base is loaded."""
     read_source(request)
     read_hires(request)
+    read_controls(request)
 
 
 def read_folder(folder: str) -> Wildcards:
@@ -71,10 +75,10 @@ def asked_pictures(
 ) -> Iterator[Asked]:
     """Yield the pictures of a request in the order of their seeds.
 
-    Raises ConfigError for a tag that names no adapter, DataError and FormatError for a picture or upscaler that cannot
-    be used. Whoever asks for many requests may have `read` remember the folders of wildcards.
+    Raises ConfigError for a tag that names no adapter, DataError, FormatError and ModelError for a picture, upscaler or
+    ControlNet that cannot be used. Whoever asks for many requests may have `read` remember the folders of wildcards.
     """
-    source, hires = read_source(request), read_hires(request)
+    source, hires, controls = read_source(request), read_hires(request), read_controls(request)
     wildcards = read(request.wildcards)
 
     @functools.cache
@@ -86,7 +90,7 @@ def asked_pictures(
     for seed in range(request.seed, request.seed + request.count):
         texts, adapters = _choose(request, seed, wildcards, find)
         plan = plan_prompt(texts.prompt, texts.negative_prompt, request.steps, request.emphasis)
-        yield Asked(request, number, seed, texts, adapters, plan, source, hires)
+        yield Asked(request, number, seed, texts, adapters, plan, source, hires, controls)
 
 
 def _choose(

@@ -43,6 +43,8 @@ class Likeness:
     masked: bool
     """Whether a part of that picture stays."""
     hires: Hires | None
+    controls: tuple[str, ...]
+    """SHA-256 of its ControlNets; maps, strengths and spans are each picture's own."""
 
 
 def in_order(asked: Sequence[Asked], batch_size: int) -> Iterator[list[Asked]]:
@@ -102,4 +104,5 @@ def likeness(base: LoadedBase, asked: Asked, zero_snr: bool = False) -> Likeness
         strength=request.strength if asked.source else None,
         masked=bool(request.mask),
         hires=asked.hires,
+        controls=tuple(control.used.sha256 for control in asked.controls),
     )

@@ -11,6 +11,7 @@ import torch
 
 from sdlora.families.base import Conditioning, LoadedBase, PictureSize
 from sdlora.families.traits import LATENT_CHANNELS
+from sdlora.generation.besides import NOTHING, Besides, Rows
 from sdlora.generation.encoded import Guide
 from sdlora.generation.noise import drawing_noise
 from sdlora.generation.start import Start
@@ -62,6 +63,8 @@ class Course:
     """Whether negative prompts take part."""
     start: Start | None = None
     """Where it begins, and with which of the steps; None: at noise, with the first."""
+    besides: Besides = NOTHING
+    """What else the UNet is given."""
 
 
 def denoise(
@@ -89,6 +92,7 @@ def denoise(
     size = PictureSize((height, width), (0, 0), (height, width))
     batch: list[Guide] = []
     noise = _noise(base, height, width, generators, encoded.dtype)
+    predict = course.besides.begun(base, generators)
     latents, timesteps = noise * scheduler.init_noise_sigma, scheduler.timesteps
     if start:
         latents, timesteps = start.begun(scheduler, noise, steps)
@@ -97,9 +101,11 @@ def denoise(
         wanted = encoded.guides(step, course.guided)
         if wanted != batch:
             batch, conditioning = wanted, encoded.rows(wanted)
-        act([guide.picture for guide in batch], step)
-        inputs = scheduler.scale_model_input(latents[[guide.picture for guide in batch]], timestep)
-        predicted = base.family.predict(base, inputs, timestep, conditioning, [size] * len(batch))
+        pictures = [guide.picture for guide in batch]
+        act(pictures, step)
+        inputs = scheduler.scale_model_input(latents[pictures], timestep)
+        span = number / len(timesteps), (number + 1) / len(timesteps)
+        predicted = predict(Rows(inputs, timestep, conditioning, [size] * len(batch), pictures, span))
         if course.guided:
             predicted = _guide(predicted, batch, guidance)
         dtype = latents.dtype

@@ -52,7 +52,7 @@ class Engine:
     `resident_adapters` used last stay in memory. Base weights are never written.
 
     With `offload` "model" text encoders, UNet and VAE are on the device only while they work. `channels_last` lays weights of
-    convolutions as GPUs read them best. `compile` compiles the UNet for each size, for pictures without adapters.
+    convolutions as GPUs read them best. `compile` compiles the UNet for each size, for pictures without adapters and ControlNets.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Engine:
         larger batches, whose pictures may have different adapters, it may differ in the last bits. `on_step` is
         called after every denoising step and ends the request by raising `GenerationCancelled`; so does `should_stop`
         by returning true, which is asked many times within a step. Raises FormatError or ModelError for an adapter that
-        cannot be used, DataError for a picture to start from that cannot, GenerationError for a picture that came out as
+        cannot be used or a ControlNet, DataError for a picture to start from or a map that cannot, GenerationError for a picture that came out as
         NaN or needs more memory than there is.
         """
         asked = list(asked_pictures(request, 0, self._find_adapter))

@@ -1,4 +1,4 @@
-"""The files that a picture was made from, its start, its mask and its upscaler, found again by their hashes."""
+"""The files that a picture was made from, found again by their hashes: its start, mask, upscaler, ControlNets and maps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.errors import DataError
+from sdlora.families.controls import control_sha256, find_cached_control
+from sdlora.families.sources import is_hub_id
 from sdlora.generation.request import Recipe
 from sdlora.storage import is_there, sha256_of_file
 
@@ -16,12 +18,15 @@ FindInput = Callable[[str, str], Path]
 
 
 def input_finder(folders: Sequence[Path]) -> FindInput:
-    """Return what finds files in these folders, not below them: by name first, then among all files by hash."""
+    """Return what finds files in these folders, not below them: by name first, then among all files by hash.
+
+    Folders of ControlNets are found so too, and in the cache those that have the name of a Hugging Face id.
+    """
 
     def find(name: str, sha256: str) -> Path:
         for file in _candidates(folders, name):
             with suppress(OSError):  # one that must not be read is not it
-                if sha256_of_file(file) == sha256:
+                if (control_sha256(file) if file.is_dir() else sha256_of_file(file)) == sha256:
                     return file
         places = " or ".join(str(folder) for folder in folders)
         raise DataError(
@@ -32,7 +37,7 @@ def input_finder(folders: Sequence[Path]) -> FindInput:
 
 
 def input_settings(recipe: Recipe, find: FindInput) -> dict[str, Any]:
-    """Return the fields of a request that say what a picture starts from and how it is enlarged."""
+    """Return the fields of a request that say what a picture starts from, what leads it and how it is enlarged."""
     settings: dict[str, Any] = {"vae_tiling": "on" if recipe.vae_tiling else "off"}
     if start := recipe.start:
         image = find(start.picture.name, start.picture.sha256)
@@ -45,6 +50,16 @@ def input_settings(recipe: Recipe, find: FindInput) -> dict[str, Any]:
                 "masked_padding": mask.padding,
                 "masked_content": mask.content,
             }
+    if recipe.controls:
+        settings["control"] = [
+            {
+                "model": str(find(used.model, used.sha256)),
+                "image": str(find(used.picture.name, used.picture.sha256)),
+                **{name: getattr(used, name) for name in ("strength", "start", "end")},
+            }
+            for used in recipe.controls
+        ]
+        settings["resize"] = recipe.controls[0].resize
     if hires := recipe.hires:
         upscaler = hires.upscaler
         if hires.upscaler_sha256:
@@ -63,6 +78,12 @@ def _candidates(folders: Sequence[Path], name: str) -> Iterator[Path]:
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise DataError(f"{missing[0]}: there is no such folder of pictures to look in")
     plain = Path(name).name
-    yield from (folder / plain for folder in folders if is_there(folder / plain) and (folder / plain).is_file())
+    yield from (folder / plain for folder in folders if is_there(folder / plain) and _may_be(folder / plain))
+    if is_hub_id(name) and (cached := find_cached_control(name)):
+        yield cached
     for folder in folders:
-        yield from (file for file in sorted(folder.iterdir()) if file.is_file() and file.name != plain)
+        yield from (file for file in sorted(folder.iterdir()) if file.name != plain and _may_be(file))
+
+
+def _may_be(path: Path) -> bool:
+    return path.is_file() or (path / "config.json").is_file()

@@ -95,8 +95,12 @@ def masked_box(mask: Image.Image, padding: int, size: tuple[int, int]) -> Box:
 
 def latent_mask(mask: Image.Image, factor: int) -> torch.Tensor:
     """Return [1,1,h,w] float32: 1 for each latent of `factor` x `factor` pixels of which any is painted anew, else 0."""
-    pixels = torch.from_numpy(np.array(mask))[None, None]
-    return max_pool2d((pixels >= _HALF).float(), factor)
+    return max_pool2d(covered(mask).float(), factor)
+
+
+def covered(mask: Image.Image) -> torch.Tensor:
+    """Return [1,1,H,W] bool: which pixels are painted anew."""
+    return torch.from_numpy(np.array(mask))[None, None] >= _HALF
 
 
 def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -44,13 +44,18 @@ class Placement:
         self._base = base
         self._offloads = offload == "model"
 
+    @property
+    def resting_place(self) -> torch.device:
+        """Where parts are while they are not in use."""
+        return _CPU if self._offloads else self._base.device
+
     @contextmanager
-    def using(self, part: Literal["text encoders", "unet", "vae"]) -> Iterator[None]:
-        """Inside, that part is on the base's device; with offloading it alone."""
+    def using(self, part: Literal["text encoders", "unet", "vae"], beside: Iterable[nn.Module] = ()) -> Iterator[None]:
+        """Inside, that part is on the base's device, and what works beside it; with offloading they alone."""
         if not self._offloads:
             yield
             return
-        models = [model for name, model in self._base.components() if _part_of(name) == part]
+        models = [*(model for name, model in self._base.components() if _part_of(name) == part), *beside]
         try:
             for model in models:
                 model.to(self._base.device)

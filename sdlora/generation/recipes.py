@@ -52,6 +52,7 @@ def recipe_of(
         quantize=base.quantize,
         device=_device_name(base.device),
         start=asked.source.used if asked.source else None,
+        controls=tuple(control.used for control in asked.controls),
         hires=asked.hires.used if asked.hires else None,
         vae_tiling=tiled,
         notes=tuple(notes),

@@ -17,6 +17,8 @@ from sdlora.families.partway import last_steps, levels_fall
 from sdlora.families.samplers import make_sampler
 from sdlora.generation.asked import Asked
 from sdlora.generation.batches import wants_zero_snr
+from sdlora.generation.besides import Besides
+from sdlora.generation.controls import ResidentControls, controls_at_work
 from sdlora.generation.denoise import AfterStep, Course, Guidance, PromptRows, denoise
 from sdlora.generation.encoded import EncodedPrompts
 from sdlora.generation.inpaint import Canvas, canvas_of
@@ -24,10 +26,10 @@ from sdlora.generation.memory import CompiledUnet, Placement
 from sdlora.generation.noise import drawing_noise, noise_generators
 from sdlora.generation.prompt_plan import encoder_emphasis
 from sdlora.generation.recipes import PRECISION_NAMES, recipe_of
-from sdlora.generation.request import Recipe
+from sdlora.generation.request import GenerationRequest, Recipe
 from sdlora.generation.resident import Acting, ResidentAdapters
 from sdlora.generation.second_pass import AtTheEnd, second_start
-from sdlora.generation.start import Start, picture_of, start_at, steps_run
+from sdlora.generation.start import Start, masked_pictures, picture_of, start_at, steps_run
 from sdlora.generation.vae import Vae
 
 
@@ -41,6 +43,7 @@ class Renderer:
         self._adapters = adapters
         self._placement = placement
         self._compiled = compiled
+        self._controls = ResidentControls(base, placement.resting_place)
         self._samplers: dict[tuple[str, str, bool], Any] = {}
 
     def render(
@@ -98,17 +101,21 @@ class Renderer:
             course: Course, prompts: PromptRows, generators: Sequence[torch.Generator], passed: int = 0
         ) -> torch.Tensor:
             checked = _checked(batch, self._base.dtype, passed, sum(counts), after_step)
-            with self._placement.using("unet"), self._fast_unet(acting):
+            nets = [control.net for control in course.besides.controls]
+            with self._placement.using("unet", nets), self._fast_unet(acting, course):
                 return denoise(self._base, scheduler, course, prompts, generators, guidance, act, checked)
 
         generators = _generators(batch)
-        start = self._start(batch, vaes, canvases, generators, encoded.dtype) if request.image else None
-        latents = one_pass(Course(size, request.steps, guided, start), encoded, generators)
+        start = (
+            self._start(batch, vaes, canvases, generators, encoded.dtype) if self._begins_at_picture(request) else None
+        )
+        course = Course(size, request.steps, guided, start, self._besides(batch, vaes, canvases, size))
+        latents = one_pass(course, encoded, generators)
         if hires:
             larger = hires.size(size)
             with self._placement.using("vae"):
                 start = second_start(self._base, hires, vaes, latents, larger)
-            course = Course(larger, hires.scheduled_steps, guided, start)
+            course = Course(larger, hires.scheduled_steps, guided, start, self._besides(batch, vaes, canvases, larger))
             # The noise of the second pass is the seed's first draw again, as in AUTOMATIC1111.
             latents = one_pass(course, AtTheEnd(encoded, request.steps), _generators(batch), passed=counts[0])
         return latents
@@ -127,7 +134,33 @@ class Renderer:
         shown = [canvas for canvas in canvases if canvas]
         run = steps_run(request.steps, request.strength)
         with self._placement.using("vae"), drawing_noise():
-            return start_at(vaes, shown, contents, generators, dtype, steps=run, from_noise=request.strength == 1)
+            return start_at(
+                vaes,
+                shown,
+                contents,
+                generators,
+                dtype,
+                steps=run,
+                from_noise=request.strength == 1,
+                keeps=not self._base.inpaints,
+            )
+
+    def _begins_at_picture(self, request: GenerationRequest) -> bool:
+        """Return whether it begins at its picture; an inpainting UNet that makes all under a mask anew is shown the rest."""
+        all_anew = self._base.inpaints and bool(request.mask) and request.strength == 1
+        return bool(request.image) and not all_anew
+
+    def _besides(
+        self, batch: Sequence[Asked], vaes: Sequence[Vae], canvases: Sequence[Canvas | None], size: tuple[int, int]
+    ) -> Besides:
+        """Return what the UNet is given besides in a pass of that width and height."""
+        masked = None
+        if self._base.inpaints:
+            with self._placement.using("vae"):
+                masked = masked_pictures(vaes, canvases, size)
+        asked = [picture.controls for picture in batch]
+        nets = self._controls.gather(asked[0])
+        return Besides(masked, controls_at_work(nets, asked, canvases, size))
 
     def _step_counts(self, scheduler: Any, asked: Asked) -> list[int]:
         """Return how many steps each pass will report."""
@@ -141,9 +174,10 @@ class Renderer:
             counts.append(len(last_steps(scheduler, steps, run)))
         return counts
 
-    def _fast_unet(self, acting: Sequence[Acting]) -> AbstractContextManager[None]:
-        """Inside, the UNet runs compiled where that is wanted and no adapter acts on it."""
-        if self._compiled is None or any(weight.weight for one in acting for weight in one.unet.values()):
+    def _fast_unet(self, acting: Sequence[Acting], course: Course) -> AbstractContextManager[None]:
+        """Inside, the UNet runs compiled where that is wanted and neither adapter nor ControlNet acts on it."""
+        adapted = any(weight.weight for one in acting for weight in one.unet.values())
+        if self._compiled is None or adapted or course.besides.controls:
             return nullcontext()
         return self._compiled.used()
 

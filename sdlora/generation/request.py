@@ -39,6 +39,8 @@ _IDLE_WITHOUT = {
 _MAYBE_IDLE = frozenset(name for names in _IDLE_WITHOUT.values() for name in names)
 _NEEDED = {"inpaint_area": "inpaint_area 'only masked'"}
 """What is to be given of a setting of which not any value will do."""
+_ALSO_WITH = {"resize": "control"}
+"""{one of those: what else it belongs to}."""
 
 
 class AdapterChoice(Section):
@@ -71,6 +73,28 @@ def _parsed(parse: Callable[[str], object], text: str) -> str:
     if text:
         parse(text)
     return text
+
+
+class ControlChoice(Section):
+    """One ControlNet, the map that it follows, and how strongly and when."""
+
+    model: str
+    """A .safetensors file, a diffusers folder, or a Hugging Face id."""
+    image: str
+    """The map, ready made: edges, depth, a pose, as the ControlNet was trained on."""
+    strength: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """1 is as trained, 0 is not at all."""
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The share of the steps after which it begins to act."""
+    end: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The share of the steps after which it acts no more."""
+
+    @field_validator("end")
+    @classmethod
+    def _after_its_start(cls, end: float, info: ValidationInfo) -> float:
+        if end <= (start := info.data.get("start", -1)):
+            raise ValueError(f"it must be more than start, which is {start:g}")
+        return end
 
 
 class GenerationRequest(Section):
@@ -110,12 +134,14 @@ class GenerationRequest(Section):
     """Which layer of the text encoders counts: 1 the usual one, 2 the one before it."""
     adapters: tuple[AdapterChoice, ...] = ()
     """Adapters that act together."""
+    control: tuple[ControlChoice, ...] = ()
+    """ControlNets that act together, each with its map."""
     image: str = ""
     """A picture to start from instead of noise; where no width and height are given, the result has its size."""
     strength: _Strength = 0.75
     """How much of `image` is made anew: 0 nothing, 1 all; so much of the steps runs."""
     resize: ResizeMode = "just resize"
-    """How an `image` of another shape is brought to width and height."""
+    """How an `image` or a map of another shape is brought to width and height."""
     mask: str = ""
     """A picture of the shape of `image`: what is white there is painted anew, the rest stays as it is."""
     mask_blur: Annotated[float, Field(ge=0, le=64)] = 4.0
@@ -220,7 +246,9 @@ def idle_settings(values: Mapping[str, Any]) -> dict[str, list[str]]:
     idle: set[str] = set()
     for needed, names in _IDLE_WITHOUT.items():
         if needed not in values:
-            found[needed] = [name for name in names if name in values and name not in idle]
+            found[needed] = [
+                name for name in names if name in values and name not in idle and _ALSO_WITH.get(name) not in values
+            ]
             idle.update(found[needed])
     return {needed: names for needed, names in found.items() if names}
 
@@ -280,6 +308,20 @@ class UsedStart:
 
 
 @dataclass(frozen=True)
+class UsedControl:
+    """A ControlNet as it acted: its name and SHA-256, its map, how strongly and when."""
+
+    model: str
+    """Its Hub id, or its file's or folder's name."""
+    sha256: str
+    picture: UsedPicture
+    strength: float
+    start: float
+    end: float
+    resize: str
+
+
+@dataclass(frozen=True)
 class UsedHires:
     """The second pass, in which the picture was made larger."""
 
@@ -322,6 +364,7 @@ class Recipe:
     negative_template: str = ""
     start: UsedStart | None = None
     """None: pure noise."""
+    controls: tuple[UsedControl, ...] = ()
     hires: UsedHires | None = None
     """None: no second pass; else width and height are those of the first."""
     vae_tiling: bool = False

@@ -32,7 +32,7 @@ class Source:
     @property
     def picture(self) -> Image.Image:
         """The picture, upright, mode "RGB"; shared, not to be written to."""
-        return _picture(*_state(self.request.image))
+        return upright_picture(self.request.image)
 
     @property
     def mask(self) -> Image.Image | None:
@@ -104,13 +104,19 @@ def _used(request: GenerationRequest) -> UsedStart:
     mask = None
     if request.mask:
         settings = (request.mask_blur, request.inpaint_area, request.masked_padding, request.masked_content)
-        mask = UsedMask(_used_picture(request.mask), *settings)
-    return UsedStart(_used_picture(request.image), request.strength, request.resize, mask)
+        mask = UsedMask(used_picture(request.mask), *settings)
+    return UsedStart(used_picture(request.image), request.strength, request.resize, mask)
 
 
-def _used_picture(path: str) -> UsedPicture:
+def used_picture(path: str) -> UsedPicture:
+    """Return how recipes name a picture's file. Raises DataError where it cannot be read."""
     file, *_ = _state(path)
     return UsedPicture(Path(file).name, sha256_while_unchanged(Path(file)))
+
+
+def upright_picture(path: str) -> Image.Image:
+    """Return a picture upright, mode "RGB"; shared, not to be written to. Raises DataError where it cannot be read."""
+    return _picture(*_state(path))
 
 
 _State = tuple[str, int, int]

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from sdlora.families.partway import as_noisy, last_steps
-from sdlora.generation.inpaint import Canvas, latent_mask
+from sdlora.generation.besides import Masked
+from sdlora.generation.inpaint import Canvas, covered, latent_mask
 from sdlora.generation.request import MaskedContent
 from sdlora.generation.vae import Vae
 
@@ -60,11 +61,12 @@ def start_at(
     *,
     steps: int,
     from_noise: bool,
+    keeps: bool = True,
 ) -> Start:
     """Return the start at these pictures, of which the last `steps` steps run.
 
     Each is drawn from the VAE's posterior by its own generator. `from_noise` counts where there are masks: what is made
-    anew begins at noise alone.
+    anew begins at noise alone. Unless it `keeps` what they do not cover, that is left to the UNet, which is shown it.
     """
     drawn = zip(vaes, canvases, generators, strict=True)
     rows = [vae.encode(pixels_of(canvas.picture), generator) for vae, canvas, generator in drawn]
@@ -75,7 +77,23 @@ def start_at(
     anew = torch.cat(masks).to(latents)
     under = [_under_mask(row, content, one) for row, content, one in zip(latents, contents, generators, strict=True)]
     latents = (1 - anew) * latents + anew * torch.stack(under)
-    return Start(latents, steps, anew, from_noise)
+    return Start(latents, steps, anew if keeps else None, from_noise)
+
+
+def masked_pictures(vaes: Sequence[Vae], canvases: Sequence[Canvas | None], size: tuple[int, int]) -> Masked:
+    """Return what an inpainting UNet is shown of these pictures, in that width and height; without a mask, grey all over."""
+    masks, means, stds = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+    width, height = size
+    for vae, canvas in zip(vaes, canvases, strict=True):
+        if canvas and canvas.mask:
+            masks.append(latent_mask(canvas.mask, vae.factor))
+            mean, std = vae.posterior(pixels_of(canvas.picture) * ~covered(canvas.mask))
+            stds.append(std)
+        else:
+            masks.append(torch.ones(1, 1, height // vae.factor, width // vae.factor))
+            mean, _ = vae.posterior(torch.zeros(1, 3, height, width))
+        means.append(mean)
+    return Masked(torch.cat(masks), torch.cat(means), torch.cat(stds) if stds else None)
 
 
 def pixels_of(picture: Image.Image) -> torch.Tensor:

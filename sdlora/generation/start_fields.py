@@ -1,8 +1,11 @@
-"""What infotext says of a picture's start and its second pass, by AUTOMATIC1111's keys."""
+"""What infotext says of a picture's start, its second pass and its ControlNets, by AUTOMATIC1111's keys."""
 
 from __future__ import annotations
 
-from sdlora.generation.request import Recipe, UsedMask
+import re
+from pathlib import Path
+
+from sdlora.generation.request import Recipe, UsedControl, UsedMask
 
 UPSCALERS = {
     "latent": "Latent",
@@ -12,10 +15,16 @@ UPSCALERS = {
     "nearest": "Nearest",
 }
 """As AUTOMATIC1111 calls them."""
+_RESIZE_MODES = {
+    "just resize": "Just Resize",
+    "crop and resize": "Crop and Resize",
+    "resize and fill": "Resize and Fill",
+}
+"""As its ControlNet extension calls them."""
 
 
 def start_fields(recipe: Recipe) -> dict[str, str]:
-    """Return the fields of a recipe that starts at a picture or has a second pass, none for others."""
+    """Return the fields of a recipe that starts at a picture, has a second pass or ControlNets, none for others."""
     fields: dict[str, str] = {}
     if recipe.start:
         fields["Denoising strength"] = f"{recipe.start.strength:g}"
@@ -26,7 +35,23 @@ def start_fields(recipe: Recipe) -> dict[str, str]:
         fields["Hires upscale"] = f"{recipe.hires.scale:g}"
         fields["Hires steps"] = str(recipe.hires.steps)
         fields["Hires upscaler"] = UPSCALERS.get(recipe.hires.upscaler, recipe.hires.upscaler)
+    fields |= {f"ControlNet {number}": _control_field(control) for number, control in enumerate(recipe.controls)}
     return fields
+
+
+def _control_field(control: UsedControl) -> str:
+    """Return what the ControlNet extension of AUTOMATIC1111 says of one, which has no preprocessor here."""
+    said = {
+        "Module": "none",
+        "Model": re.sub(r"[:,]", "", Path(control.model).name.removesuffix(".safetensors")),
+        "Weight": f"{control.strength:g}",
+        "Resize Mode": _RESIZE_MODES.get(control.resize, control.resize),
+        "Guidance Start": f"{control.start:g}",
+        "Guidance End": f"{control.end:g}",
+        "Pixel Perfect": "False",
+        "Control Mode": "Balanced",
+    }
+    return ", ".join(f"{key}: {value}" for key, value in said.items())
 
 
 def _mask_fields(mask: UsedMask) -> dict[str, str]:

@@ -40,6 +40,16 @@ class Vae:
     def encode(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Return scaled latents [1,4,h,w] of pixels [1,3,H,W] in [-1,1]: drawn by the generator, without one the mean.
 
+        Raises GenerationError as `posterior` does.
+        """
+        mean, std = self.posterior(pixels)
+        if generator is None:
+            return mean
+        return mean + std * torch.randn(mean.shape, generator=generator, device=generator.device).to(std)
+
+    def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and std of the scaled latents, each [1,4,h,w], of pixels [1,3,H,W] in [-1,1].
+
         Raises GenerationError where they are NaN in float32 too, or memory is too small for tiles as well.
         """
 
@@ -49,9 +59,7 @@ class Vae:
                 return torch.stack(self._base.family.encode_images(self._base, pixels))
 
         mean, std = self._run(means_and_stds, pixels.shape[-2] * pixels.shape[-1])
-        if generator is None:
-            return mean
-        return mean + std * torch.randn(mean.shape, generator=generator, device=generator.device).to(std)
+        return mean, std
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return pixels [3,H,W] in [0,1] of scaled latents [4,h,w]. Raises GenerationError as `encode` does."""

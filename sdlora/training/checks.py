@@ -6,15 +6,26 @@ from collections.abc import Mapping
 
 from sdlora.adapters.tokens import unheard_words
 from sdlora.adapters.trainable import choose_targets
-from sdlora.config import ObjectiveSection, TrainConfig
+from sdlora.config import BaseSection, ObjectiveSection, TrainConfig
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase, Words
+from sdlora.families.detect import detect_base
+from sdlora.families.sources import find_base
 from sdlora.families.traits import canonical
 from sdlora.training.material import FoundSamples, possible_texts
 from sdlora.training.optimizers import check_optimizer
 from sdlora.training.rates import TOKENS, path_rates
 from sdlora.training.timesteps import timestep_tables
 from sdlora.training.trainee import first_words
+
+
+def refuse_inpainting(base: BaseSection) -> None:
+    """Raise ConfigError for an inpainting base, told from its headers; ModelError or FormatError for what is none at all."""
+    if detect_base(find_base(base), base.variant).inpaints:
+        raise ConfigError(
+            f"base.path: {base.path} is an inpainting model, which is not trained on; train on the plain base that it was made "
+            "from: the adapter acts on both"
+        )
 
 
 def check_against_base(config: TrainConfig, base: LoadedBase, training: FoundSamples) -> None:

@@ -28,7 +28,7 @@ from sdlora.families.registry import default_device, load_base
 from sdlora.families.schedule import rescale_to_zero_snr
 from sdlora.families.sources import find_base
 from sdlora.storage import check_writable
-from sdlora.training.checks import check_against_base
+from sdlora.training.checks import check_against_base, refuse_inpainting
 from sdlora.training.effect import Effect
 from sdlora.training.events import EventLog
 from sdlora.training.loop import TrainingLoop
@@ -132,6 +132,7 @@ def _train(
 ) -> RunResult:
     seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
+        refuse_inpainting(config.base)
         base = load_base(config.base, accelerator.device, unet=False)
     check_against_base(config, base, data.training)
     view = ProgressView(visible=accelerator.is_main_process)

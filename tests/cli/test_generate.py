@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from control_files import draw_map, random_control, write_original
 from forked import forked, needs_fork
 from PIL import Image
 
@@ -46,6 +47,23 @@ def test_the_flags_reach_the_recipe(usual: list[str], tmp_path: Path) -> None:
     assert (recipe.start.mask.blur, recipe.start.mask.area, recipe.start.mask.padding) == (0, "only masked", 8)
     with Image.open(path) as made:
         assert made.size == (64, 48) and made.getpixel((5, 5)) == (200, 10, 10)
+
+
+def test_controlnets_by_flags(
+    usual: list[str], tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = write_original(random_control(tiny_base("sd1").unet), tmp_path / "net.safetensors")
+    image, other = draw_map(tmp_path / "a.png"), draw_map(tmp_path / "b: 2.png", 1)
+    assert cli.main([*usual, "--control", net, image, "0.5", "0-0.6", "--control", net, other]) == 0
+    (path,) = (tmp_path / "out").glob("*.png")
+    used = read_recipe(path).controls
+    assert [(one.model, one.picture.name, one.strength, one.end) for one in used] == [
+        ("net.safetensors", "a.png", 0.5, 0.6),
+        ("net.safetensors", "b: 2.png", 1.0, 1.0),
+    ]
+    monkeypatch.setattr("sdlora.cli.generate.load_engine", lambda *_: pytest.fail("the base was loaded"))
+    foreign = write_original(random_control(tiny_base("sd2").unet), tmp_path / "two.safetensors")
+    assert cli.main([*usual, "--control", foreign, image]) == 1
 
 
 def test_a_second_pass(usual: list[str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sdlora.assets import TINY_SD
 from sdlora.config import BaseSection
 from sdlora.families.detect import detect_base
+from sdlora.families.inspect import inspect_base
 from sdlora.families.registry import load_base
 from sdlora.families.tiny import tiny_pipeline
 from sdlora.generation.engine import Engine
@@ -242,12 +243,17 @@ def test_stray_keys_of_another_family_do_not_mislead(checkpoints, tmp_path):
     assert facts.components["text_encoder"][0] > 10_000
 
 
-def test_an_inpainting_checkpoint_is_named(checkpoint):
+def test_a_checkpoint_for_inpainting_or_editing_is_known_by_its_channels(checkpoint):
     weights = load_file(checkpoint)
     key = "model.diffusion_model.input_blocks.0.0.weight"
-    weights[key] = torch.cat([weights[key], weights[key], weights[key][:, :1]], dim=1)
-    save_file(weights, checkpoint)
-    assert "is an inpainting model (its UNet takes 9 channels instead of 4)" in refusal(checkpoint)
+    plain = weights[key]
+    save_file({**weights, key: torch.cat([plain, plain, plain[:, :1]], dim=1)}, checkpoint)
+    assert detect_base(checkpoint).inpaints
+    assert inspect_base(BaseSection(path=str(checkpoint))).to_json()["inpainting"] is True
+    save_file({**weights, key: torch.cat([plain, plain], dim=1)}, checkpoint)
+    assert "is an image-editing model (its UNet takes 8 channels instead of 4, or 9 for inpainting)" in refusal(
+        checkpoint
+    )
 
 
 def test_odd_things_in_a_checkpoint_are_told(checkpoint):

@@ -173,13 +173,14 @@ def test_a_broken_unet_config_is_named(copy, text):
     assert str(copy / "unet" / "config.json") in refusal(copy)
 
 
-def test_an_inpainting_base_is_named(copy):
+def test_an_inpainting_base_is_known_by_its_channels(copy):
     config = json.loads((copy / "unet" / "config.json").read_text())
     weights = load_file(copy / UNET)
     weights["conv_in.weight"] = torch.cat([weights["conv_in.weight"]] * 2 + [weights["conv_in.weight"][:, :1]], dim=1)
     save_file(weights, copy / UNET, {"format": "pt"})
+    assert not detect_base(copy).inpaints
     (copy / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
-    assert "is an inpainting model (its UNet takes 9 channels instead of 4)" in refusal(copy)
+    assert detect_base(copy).inpaints and load(copy).inpaints
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_too_little_memory_is_a_sentence_whenever_the_unet_comes(copy, monkeypat
         ({"class_embed_type": "projection"}, "its UNet is also told a class or a picture"),
         ({"num_class_embeds": 1000}, "its UNet is also told a class or a picture"),
         ({"addition_embed_type": "image"}, "has a UNet of an unknown kind"),
-        ({"in_channels": 8}, "is an image-editing model"),
+        ({"in_channels": 8}, "is an image-editing model (its UNet takes 8 channels instead of 4, or 9 for inpainting)"),
     ],
 )
 def test_folders_of_related_models_are_named(copy, changes, sentence):

@@ -142,9 +142,9 @@ def test_a_prompt_changes_at_its_step_however_often_the_sampler_evaluates(engine
     family = type(engine.base.family)
     predict = family.predict
 
-    def watched(self, base, noisy, timesteps, conditioning, sizes):
+    def watched(self, base, noisy, timesteps, conditioning, *more):
         seen.append(conditioning.states[1].clone())
-        return predict(self, base, noisy, timesteps, conditioning, sizes)
+        return predict(self, base, noisy, timesteps, conditioning, *more)
 
     monkeypatch.setattr(family, "predict", watched)
     picture(engine, prompt="[a red ball:a blue box:2]", sampler=sampler)
@@ -157,9 +157,9 @@ def test_noise_of_a_cuda_device_is_drawn_for_the_first_latents_and_in_every_step
     family = type(engine.base.family)
     predict = family.predict
 
-    def watched(self, base, noisy, timesteps, conditioning, sizes):
+    def watched(self, base, noisy, timesteps, conditioning, *more):
         seen.append(noisy[0].clone())
-        return predict(self, base, noisy, timesteps, conditioning, sizes)
+        return predict(self, base, noisy, timesteps, conditioning, *more)
 
     with monkeypatch.context() as context:
         context.setattr(family, "predict", watched)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from sdlora.config.section import is_file_stem
 from sdlora.errors import ConfigError
 from sdlora.generation.adapter_text import parse_adapters
+from sdlora.generation.control_text import split_control
 from sdlora.generation.picture_names import FIELDS_OF_THE_MOMENT, template_fields
 from sdlora.generation.pictures import SUFFIXES
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, idle_settings
@@ -145,7 +146,7 @@ def read_values(values: Mapping[str, Any], defaults: Collection[str] = ()) -> Re
     made = {field: value for field, value in left.items() if field not in BESIDE_REQUEST}
     problems = []
     take_adapters = functools.partial(_take_adapters, weight_is_default="weight" in defaults)
-    for take in (_take_seed, _take_size, take_adapters, _check_name):
+    for take in (_take_seed, _take_size, take_adapters, _take_control, _check_name):
         try:
             take(left, made)
         except ConfigError as error:
@@ -225,6 +226,19 @@ def refuse_sheets(name: str) -> None:
     """Raise ConfigError for a name in the folder of contact sheets and grids."""
     if "/" in name and name.partition("/")[0].casefold() == SHEETS:
         raise ConfigError(f"name is {name[:80]!r}; the folder {SHEETS} is for contact sheets and grids, choose another")
+
+
+def _take_control(values: Mapping[str, Any], made: dict[str, Any]) -> None:
+    """The request has the job's ControlNets, from a text, a table, or a list of tables."""
+    if "control" in values:
+        control = made.pop("control")
+        listed = [control] if isinstance(control, str | Mapping) else control
+        if not isinstance(listed, Sequence):
+            raise ConfigError(f"control is {control!r}; expected for example 'canny.safetensors edges.png 0.8'")
+        made["control"] = [
+            split_control(one) if isinstance(one, str) else dict(one) if isinstance(one, Mapping) else one
+            for one in listed
+        ]
 
 
 def _check_name(values: Mapping[str, Any], made: dict[str, Any]) -> None:

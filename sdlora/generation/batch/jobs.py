@@ -108,6 +108,10 @@ def _job(draft: Draft, read: Read, folder: Path, find: Callable[[str, bool], str
                 adapter["path"] = find(adapter["path"], "adapters" in draft.here)
         except ConfigError as error:
             problems.append(str(error))
+    for control in (one for one in made.get("control", ()) if isinstance(one, dict)):
+        for name in ("model", "image"):
+            if isinstance(control.get(name), str):
+                control[name] = place_of(control[name], folder, "control" in draft.here)
     folders = {"wildcards": made["wildcards"]} if isinstance(made.get("wildcards"), str) and made["wildcards"] else {}
     for name, place in {**files_of(made), **folders}.items():
         made[name] = place_of(place, folder, name in draft.here)

@@ -15,6 +15,7 @@ from sdlora.adapters.file import adapter_family
 from sdlora.adapters.fit import refuse_other_family
 from sdlora.adapters.stored import adapter_hashes
 from sdlora.config import BaseSection
+from sdlora.families.controls import refuse_control_of_another_family
 from sdlora.families.detect import family_of
 from sdlora.families.registry import declared_prediction, section_sha256, usual_side
 from sdlora.families.schedule import refuse_pure_noise
@@ -27,6 +28,7 @@ from sdlora.generation.batch.job_fields import FILES, files_of, name_parts
 from sdlora.generation.batch.jobs import Job
 from sdlora.generation.batch.names import FileNames
 from sdlora.generation.batches import neighbours
+from sdlora.generation.controls import AskedControl
 from sdlora.generation.pictures import PNG, FileFormat
 from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, idle_settings
 from sdlora.generation.source import work_size
@@ -126,6 +128,7 @@ class _Planner:
         made_of = {
             **self._shared,
             **self._settings(job.request),
+            **({"control": [self._control(one) for one in asked.controls]} if asked.controls else {}),
             "prompt": asked.texts.prompt,
             "negative_prompt": asked.texts.negative_prompt,
             "seed": asked.seed,
@@ -146,6 +149,12 @@ class _Planner:
         idle = {name for names in idle_settings(given).values() for name in names}
         values = {name: value for name, value in given.items() if name not in idle}
         return {**values, **{name: sha256_while_unchanged(user_path(file)) for name, file in files_of(values).items()}}
+
+    def _control(self, control: AskedControl) -> list[Any]:
+        """Return what a ControlNet does. Raises ModelError where it is none for this base."""
+        refuse_control_of_another_family(control.facts, self._family, self._base_name)
+        used = control.used
+        return [used.sha256, used.picture.sha256, used.strength, used.start, used.end]
 
     def _acting(self, choice: AdapterChoice) -> list[Any]:
         own = choice.text_encoder_weight
@@ -189,6 +198,7 @@ def recipe_fits(recipe: Recipe, picture: Picture, plan: BatchPlan, find_adapter:
         and recipe.width == (request.width or recipe.width)
         and recipe.height == (request.height or recipe.height)
         and recipe.start == (asked.source.used if asked.source else None)
+        and recipe.controls == tuple(control.used for control in asked.controls)
         and recipe.hires == (asked.hires.used if asked.hires else None)
         and [_as_used(used) for used in recipe.adapters] == [_as_asked(choice) for choice in asked.adapters]
     )
@@ -216,8 +226,9 @@ def in_groups(pictures: Sequence[Picture]) -> list[list[Picture]]:
 
 def _kind(request: GenerationRequest) -> str:
     """Return what pictures of one batch have in common, as far as requests tell."""
-    values = request.model_dump(exclude={*_NOT_THE_PICTURES, *FILES, "guidance_scale"})
-    return json.dumps([request.guidance_scale > 1, values], sort_keys=True)
+    values = request.model_dump(exclude={*_NOT_THE_PICTURES, *FILES, "guidance_scale", "control"})
+    models = [control.model for control in request.control]
+    return json.dumps([request.guidance_scale > 1, values, models], sort_keys=True)
 
 
 def refuse_taken_files(pictures: Sequence[Picture], folder: Path) -> None:

@@ -11,6 +11,7 @@ from sdlora.errors import ConfigError
 from sdlora.generation.batch.grid import label, make_axis, parse_axis
 from sdlora.generation.batch.jobs import Job, read_jobs
 from sdlora.generation.batch.jobs_text import parse_line
+from sdlora.generation.control_text import split_control
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -155,6 +156,49 @@ def test_lists_of_a_grid_are_looked_for_as_other_files(tmp_path, monkeypatch):
     assert said(read_jobs(path), "prompt") == [("from here",)]
     write(tmp_path / "night", "list.txt", "beside one\nbeside two\n")
     assert said(read_jobs(path), "prompt") == [("beside one",), ("beside two",)]
+
+
+def test_controlnets_are_written_as_words_or_tables(tmp_path, monkeypatch):
+    """Their files are looked for as pictures are."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").mkdir()
+    for name in ("edges.png", "my net.safetensors"):
+        (tmp_path / "jobs" / name).touch()
+    net, image = str(tmp_path / "jobs" / "my net.safetensors"), str(tmp_path / "jobs" / "edges.png")
+    table = '{"model": "my net.safetensors", "image": "edges.png", "strength": 0.5}'
+    path = write(
+        tmp_path / "jobs",
+        "a.jsonl",
+        '{"prompt": "a", "control": "\'my net.safetensors\' edges.png 0.5 0-0.6"}\n'
+        f'{{"prompt": "b", "control": {table}}}\n{{"prompt": "c", "control": [{table}, "net edges.png"]}}\n',
+    )
+    jobs = read_jobs(path.relative_to(tmp_path))
+    made = [[tuple(choice.model_dump().values()) for choice in job.request.control] for job in jobs]
+    seen = [str(Path("jobs") / Path(name).name) for name in (net, image)]
+    assert made[0] == [(*seen, 0.5, 0.0, 0.6)]
+    assert made[1] == [(*seen, 0.5, 0.0, 1.0)]
+    assert made[2] == [made[1][0], ("net", seen[1], 1.0, 0.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("net.safetensors C:\\maps\\a.png", {"model": "net.safetensors", "image": "C:\\maps\\a.png"}),
+        ("o/net m.png 0.25-1", {"model": "o/net", "image": "m.png", "start": 0.25, "end": 1.0}),
+        (
+            "net 'my map.png' .5-.75 2",
+            {"model": "net", "image": "my map.png", "start": 0.5, "end": 0.75, "strength": 2.0},
+        ),
+    ],
+)
+def test_a_controlnet_in_words(text, expected):
+    assert split_control(text) == expected
+
+
+@pytest.mark.parametrize("text", ["net", "net m.png 1 0-1 more", "net m.png 0.5 0.6", "net m.png strong", "net 'm.png"])
+def test_words_that_are_no_controlnet_are_refused(text):
+    with pytest.raises(ConfigError, match=r"^control is .*expected MODEL IMAGE, and perhaps STRENGTH"):
+        split_control(text)
 
 
 def test_size_and_width_of_one_job_are_refused(tmp_path):

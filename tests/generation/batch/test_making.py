@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from control_files import draw_map, random_control, write_original
 from PIL import Image
 
 from sdlora import storage
@@ -360,6 +361,28 @@ def test_pictures_to_start_from_are_read_once_and_known_when_they_change(
 
 
 @pytest.mark.parametrize("shape", ["sd1"])
+def test_controlnets_are_part_of_what_a_picture_is(
+    base: BaseSection, engine: Engine, tiny_base: Any, tmp_path: Path
+) -> None:
+    """By their contents, whatever they are called; one for another family is told before anything is loaded."""
+    net, out = write_original(random_control(engine.base.unet), tmp_path / "net.safetensors"), tmp_path / "out"
+    maps = [draw_map(tmp_path / f"{n}.png", n) for n in range(2)]
+    lines = [{"prompt": "a", "control": {"model": net, "image": image}} for image in maps]
+    plan = plan_of(base, *lines, {"prompt": "a"}, folder=tmp_path)
+    assert len({picture.identity for picture in plan.pictures}) == 3
+    groups = [len(group) for group in full_batches(engine, plan.pictures, 4, None)]
+    assert groups == [2, 1]
+    run(engine, plan, out)
+    (out / NAME).unlink()  # known by their recipes
+    assert run(engine, plan, out) == []
+    shutil.copy(net, tmp_path / "copy.safetensors")
+    lines[0]["control"]["model"] = str(tmp_path / "copy.safetensors")
+    assert plan_of(base, lines[0], folder=tmp_path).pictures[0].identity == plan.pictures[0].identity
+    other = write_original(random_control(tiny_base("sdxl").unet), tmp_path / "xl.safetensors")
+    with pytest.raises(ConfigError, match=r"jobs\.jsonl:1: .*xl\.safetensors: is a ControlNet for Stable Diffusion XL"):
+        plan_of(base, {"control": {"model": other, "image": maps[0]}}, folder=tmp_path)
+
+
 def test_wildcards_count_by_what_was_chosen(base: BaseSection, tmp_path: Path) -> None:
     folder = tmp_path / "wild"
     folder.mkdir()
