@@ -161,7 +161,7 @@ def test_few_modules_import_peft():
 
 def test_only_the_families_know_the_model_libraries():
     inside = {file for file in importers("diffusers", "transformers") if file.startswith(("sdlora/", "app/"))}
-    assert {str(Path(file).parent) for file in inside} == {"sdlora/families"}
+    assert inside and all(file.startswith("sdlora/families/") for file in inside)
 
 
 def test_the_page_imports_no_torch():

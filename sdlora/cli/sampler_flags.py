@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from sdlora.families.sampler_names import SAMPLERS, SCHEDULES
+from sdlora.families.samplers.names import SAMPLERS, SCHEDULES
 from sdlora.generation.request import GenerationRequest, NoiseSource, ZeroSnr
 
 _FIELDS = ("sampler", "schedule", "guidance_rescale", "zero_snr", "noise")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.errors import ConfigError
-from sdlora.families.sampler_names import DDIM_MOST_STEPS, SAMPLERS
+from sdlora.families.samplers.names import DDIM_MOST_STEPS, SAMPLERS
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, UsedHires
 from sdlora.generation.source import MAX_SIDE
 from sdlora.generation.upscaler import check_upscaler

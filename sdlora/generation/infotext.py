@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sdlora.families.sampler_names import OF_SCHEDULERS, SAMPLERS
+from sdlora.families.samplers.names import OF_SCHEDULERS, SAMPLERS
 from sdlora.generation.request import Recipe, UsedAdapter
 from sdlora.generation.start_fields import start_fields
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sdlora.families.base import LoadedBase
-from sdlora.families.samplers import schedule_of, settings_of
+from sdlora.families.samplers.make import schedule_of, settings_of
 from sdlora.generation.asked import Asked
 from sdlora.generation.request import Recipe, UsedAdapter
 

@@ -13,8 +13,8 @@ from PIL import Image
 from sdlora.adapters.inject import has_float32_adapter
 from sdlora.errors import ConfigError, GenerationError
 from sdlora.families.base import LoadedBase, PromptStyle, autocast
-from sdlora.families.partway import last_steps, levels_fall
-from sdlora.families.samplers import make_sampler
+from sdlora.families.samplers.make import make_sampler
+from sdlora.families.samplers.partway import last_steps, levels_fall
 from sdlora.generation.asked import Asked
 from sdlora.generation.batches import wants_zero_snr
 from sdlora.generation.besides import Besides

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdlora.families.partway import as_noisy, last_steps
+from sdlora.families.samplers.partway import as_noisy, last_steps
 from sdlora.generation.besides import Masked
 from sdlora.generation.inpaint import Canvas, covered, latent_mask
 from sdlora.generation.request import MaskedContent

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.cli import main as cli
-from sdlora.families.sampler_names import SAMPLERS, SCHEDULES
+from sdlora.families.samplers.names import SAMPLERS, SCHEDULES
 from sdlora.generation.pictures import read_recipe
 
 

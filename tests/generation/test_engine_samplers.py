@@ -15,7 +15,7 @@ from sdlora.adapters.write import write_adapter
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError
 from sdlora.families.registry import load_base
-from sdlora.families.sampler_names import SAMPLERS
+from sdlora.families.samplers.names import SAMPLERS
 from sdlora.generation.denoise import rescale
 from sdlora.generation.engine import Engine
 from sdlora.generation.noise import CudaGenerator, cuda_randn, drawing_noise

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sdlora.families.sampler_names import _NEAREST, AUTOMATIC, SAMPLERS, SCHEDULES, sampler_and_schedule
+from sdlora.families.samplers.names import _NEAREST, AUTOMATIC, SAMPLERS, SCHEDULES, sampler_and_schedule
 
 
 @pytest.mark.parametrize(

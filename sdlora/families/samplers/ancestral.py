@@ -9,7 +9,7 @@ import torch
 from diffusers import KDPM2AncestralDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from sdlora.families.sigmas import sigmas_of
+from sdlora.families.samplers.sigmas import sigmas_of
 
 
 class DPMPlusPlus2SAncestralScheduler(KDPM2AncestralDiscreteScheduler):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sdlora.config import BaseSection
-from sdlora.families.partway import as_noisy, last_steps
 from sdlora.families.registry import load_base
-from sdlora.families.sampler_names import SAMPLERS
-from sdlora.families.samplers import make_sampler
-from sdlora.families.sigmas import sigmas_of
+from sdlora.families.samplers.make import make_sampler
+from sdlora.families.samplers.names import SAMPLERS
+from sdlora.families.samplers.partway import as_noisy, last_steps
+from sdlora.families.samplers.sigmas import sigmas_of
 
 TWICE_A_STEP = ("Heun", "DPM2", "DPM2 a", "DPM++ SDE", "DPM++ 2S a", "Restart")
 NAMES = [name for name in SAMPLERS if name != "LCM"]

@@ -11,7 +11,7 @@ import torch
 from diffusers import HeunDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from sdlora.families.sigmas import sigma_table, sigmas_of
+from sdlora.families.samplers.sigmas import sigma_table, sigmas_of
 
 _LOW, _HIGH = 0.1, 2.0
 """Between which levels it is done again, as AUTOMATIC1111 has it."""

@@ -15,9 +15,9 @@ import torch
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase
 from sdlora.families.latent import sampler
-from sdlora.families.sampler_names import SAMPLERS
+from sdlora.families.samplers.names import SAMPLERS
+from sdlora.families.samplers.sigmas import sigma_table, sigmas_of
 from sdlora.families.schedule import ends_in_pure_noise, refuse_pure_noise, zero_snr_sampler
-from sdlora.families.sigmas import sigma_table, sigmas_of
 
 _OF_THE_BASE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 """What a sampler is told of the base; all else is the sampler's own, so that a name means the same on every base."""
@@ -127,7 +127,7 @@ def _make(base: LoadedBase, name: str, schedule: str, zero_snr: bool) -> Any:
 
 
 def _scheduler(name: str) -> type[Any]:
-    home = importlib.import_module(f"sdlora.families.{_OURS[name]}") if name in _OURS else diffusers
+    home = importlib.import_module(f"sdlora.families.samplers.{_OURS[name]}") if name in _OURS else diffusers
     found: type[Any] = getattr(home, name)
     return found
 

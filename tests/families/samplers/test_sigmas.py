@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from sdlora.families.sampler_names import AUTOMATIC, SCHEDULES
-from sdlora.families.sigmas import beta_quantiles, sigma_table, sigmas_of
+from sdlora.families.samplers.names import AUTOMATIC, SCHEDULES
+from sdlora.families.samplers.sigmas import beta_quantiles, sigma_table, sigmas_of
 
 SIGNAL = [1 - 0.00085]
 for _i in range(1, 1000):

@@ -15,10 +15,10 @@ import torch
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
 from sdlora.errors import ConfigError
-from sdlora.families.restart import restart_steps
-from sdlora.families.sampler_names import AUTOMATIC, OF_SCHEDULERS, SAMPLERS
-from sdlora.families.samplers import make_sampler, schedule_of, settings_of
-from sdlora.families.sigmas import sigma_table, sigmas_of
+from sdlora.families.samplers.make import make_sampler, schedule_of, settings_of
+from sdlora.families.samplers.names import AUTOMATIC, OF_SCHEDULERS, SAMPLERS
+from sdlora.families.samplers.restart import restart_steps
+from sdlora.families.samplers.sigmas import sigma_table, sigmas_of
 
 PAIRS = [(name, schedule) for name, traits in SAMPLERS.items() for schedule in traits.schedules]
 WITH_LEVELS = [pair for pair in PAIRS if pair[0] not in ("DDIM", "PLMS", "DDPM", "Restart")]
