@@ -29,7 +29,7 @@ from sdlora.families.words import knowing
 
 
 def add_adapter(base: LoadedBase, name: str, adapter: AdapterFile) -> None:
-    """The adapter is in place under `name`, not yet active, its weights in the base's precision.
+    """The adapter is in place under `name`, not yet active, its weights in the base's precision; others act as before.
 
     Its layers may be of any kinds. Raises ModelError, with the base unchanged, when a layer is missing from the
     base or has another shape there: such an adapter was made for another kind of base.
@@ -41,7 +41,6 @@ def add_adapter(base: LoadedBase, name: str, adapter: AdapterFile) -> None:
     branches = [(path, branch_of(layers[path], layer, base)) for path, layer in adapter.layers.items()]
     for path, branch in branches:
         attach(layers[path], name, branch, unet_block(path, base.unet.config.layers_per_block))
-    set_adapter_weights(base, {})
 
 
 def set_adapter_weights(

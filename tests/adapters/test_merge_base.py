@@ -61,7 +61,6 @@ def test_each_weight_is_the_bases_plus_the_weighted_updates(layouts, tiny_base, 
         assert sha256_of_file(base.places["unet.conv_in.weight"].file) == before
 
 
-@one_family
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_goes_in_dora_too(layouts, kind):
     for section, target in layouts("sd1"):
