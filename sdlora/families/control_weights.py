@@ -78,10 +78,10 @@ def _config_like(base: LoadedBase) -> dict[str, Any]:
 
 def _check_like(facts: ControlFacts, net: ControlNetModel, base: LoadedBase) -> None:
     for name in _MUST_BE_ALIKE:
-        own, wanted = net.config[name], base.unet.config[name]
-        if (list(own) if isinstance(own, tuple | list) else own) != (
-            list(wanted) if isinstance(wanted, tuple | list) else wanted
-        ):
+        own, wanted = (
+            tuple(one) if isinstance(one, list) else one for one in (net.config[name], base.unet.config[name])
+        )
+        if own != wanted:
             raise ModelError(
                 f"{facts.path}: is for another UNet than that of {base.source.name} ({name} is {own}, there it is {wanted}); choose "
                 "a ControlNet that fits the base"

@@ -26,7 +26,7 @@ from sdlora.generation.memory import CompiledUnet, Placement
 from sdlora.generation.noise import drawing_noise, noise_generators
 from sdlora.generation.prompt_plan import encoder_emphasis
 from sdlora.generation.recipes import PRECISION_NAMES, recipe_of
-from sdlora.generation.request import GenerationRequest, Recipe
+from sdlora.generation.request import Recipe
 from sdlora.generation.resident import Acting, ResidentAdapters
 from sdlora.generation.second_pass import AtTheEnd, second_start
 from sdlora.generation.start import Start, masked_pictures, picture_of, start_at, steps_run
@@ -106,9 +106,7 @@ class Renderer:
                 return denoise(self._base, scheduler, course, prompts, generators, guidance, act, checked)
 
         generators = _generators(batch)
-        start = (
-            self._start(batch, vaes, canvases, generators, encoded.dtype) if self._begins_at_picture(request) else None
-        )
+        start = self._start(batch, vaes, canvases, generators, encoded.dtype)
         course = Course(size, request.steps, guided, start, self._besides(batch, vaes, canvases, size))
         latents = one_pass(course, encoded, generators)
         if hires:
@@ -127,9 +125,14 @@ class Renderer:
         canvases: Sequence[Canvas | None],
         generators: Sequence[torch.Generator],
         dtype: torch.dtype,
-    ) -> Start:
-        """Return where pictures that start from others begin."""
+    ) -> Start | None:
+        """Return where pictures that start from others begin, None for those that begin at noise.
+
+        An inpainting UNet that makes all under a mask anew begins there too: it is shown the rest.
+        """
         request = batch[0].request
+        if not request.image or (self._base.inpaints and request.mask and request.strength == 1):
+            return None
         contents = [asked.request.masked_content for asked in batch]
         shown = [canvas for canvas in canvases if canvas]
         run = steps_run(request.steps, request.strength)
@@ -144,11 +147,6 @@ class Renderer:
                 from_noise=request.strength == 1,
                 keeps=not self._base.inpaints,
             )
-
-    def _begins_at_picture(self, request: GenerationRequest) -> bool:
-        """Return whether it begins at its picture; an inpainting UNet that makes all under a mask anew is shown the rest."""
-        all_anew = self._base.inpaints and bool(request.mask) and request.strength == 1
-        return bool(request.image) and not all_anew
 
     def _besides(
         self, batch: Sequence[Asked], vaes: Sequence[Vae], canvases: Sequence[Canvas | None], size: tuple[int, int]

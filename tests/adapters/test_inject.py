@@ -117,6 +117,15 @@ def test_two_adapters_act_as_the_sum_of_their_deltas(tiny_base, make_adapter):
     assert_close(outputs(base), outputs(alone))
 
 
+def test_one_that_is_put_in_place_does_not_disturb_another(tiny_base, make_adapter):
+    base = tiny_base()
+    add_adapter(base, "one", make_adapter(base, seed=1))
+    set_adapter_weights(base, {"one": 0.8})
+    before = outputs(base)
+    add_adapter(base, "two", make_adapter(base, seed=2))
+    assert_same_bits(outputs(base), before)
+
+
 def test_layers_may_have_ranks_of_their_own(tiny_base, make_adapter, shape):
     base, expected = tiny_base(), tiny_base()
     paths = list(make_adapter(base).layers)

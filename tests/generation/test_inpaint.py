@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from diffusers import AutoPipelineForInpainting, DDIMScheduler
-from engine_help import ask, make, pixels, same
+from engine_help import ask, make, painted_by_diffusers, pixels, same
 from PIL import Image
 
 from sdlora.errors import DataError
@@ -61,20 +60,7 @@ def test_the_pixels_are_those_of_diffusers_own_pipeline(tiny_base, tiny_folder, 
     pipeline = AutoPipelineForInpainting.from_pretrained(tiny_folder(shape))
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pixels(
-        pipeline(
-            "a red ball",
-            image=Image.open(photo),
-            mask_image=Image.open(mask),
-            negative_prompt="blue",
-            num_inference_steps=5,
-            strength=strength,
-            guidance_scale=7.5,
-            width=64,
-            height=64,
-            generator=torch.Generator().manual_seed(11),
-        ).images[0]
-    )
+    theirs = pixels(painted_by_diffusers(pipeline, photo, mask, strength))
     assert np.abs(ours - theirs)[:, 32:].max() <= 1
     assert np.mean(ours[:, 32:] != theirs[:, 32:]) < 0.01
     assert np.array_equal(ours[:, :32], read(photo)[:, :32])  # diffusers gives what its VAE makes of it

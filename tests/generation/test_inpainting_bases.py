@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForInpainting
-from engine_help import ask, make, pixels, same
+from engine_help import ask, make, painted_by_diffusers, pixels, same
 from every_family import one_family
 from families_help import load
 from inpainting_bases import inpainting_pipeline
@@ -87,18 +87,7 @@ def test_the_latents_are_those_of_diffusers_own_pipeline(inpainting_folder, shap
     ours, theirs = watch_latents(base.vae), watch_latents(pipeline.vae)
     settings = {"image": photo, "mask": mask, "mask_blur": 0, "strength": strength}
     (made,) = make(Engine(base), ask(seed=11, steps=5, **settings))
-    pipeline(
-        "a red ball",
-        image=Image.open(photo),
-        mask_image=Image.open(mask),
-        negative_prompt="blue",
-        num_inference_steps=5,
-        strength=strength,
-        guidance_scale=7.5,
-        width=64,
-        height=64,
-        generator=torch.Generator().manual_seed(11),
-    )
+    painted_by_diffusers(pipeline, photo, mask, strength)
     difference = (ours[-1] - theirs[-1]).abs().max() / theirs[-1].abs().max()
     assert difference < 1e-5
     assert np.array_equal(made[:, :32], pixels(Image.open(photo))[:, :32])
