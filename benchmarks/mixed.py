@@ -20,13 +20,14 @@ from typing import Any
 import machine
 from generate import random_adapter
 
-_ADAPTERS, _BATCH = 8, 8
+_ADAPTERS = 8
 _PROMPT = "a photo of a red circle"
 _JOB_FLAGS: dict[str, dict[str, Any]] = {
     "turns": {"type": int, "required": True},
     "denoising-steps": {"type": int, "required": True},
     "threads": {"type": int, "required": True},
     "each": {"type": int, "required": True},
+    "batch-size": {"type": int, "required": True},
 }
 _WAYS = ("mixed", "one", "mixed_read_anew", "diffusers")
 
@@ -44,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 results.append(_measure(model, precision, options, Path(scratch)))
     result = {"machine": machine.describe(), "runs": results}
     count = _ADAPTERS * options.each
+    notes = _NOTES.format(each=options.each, batch=options.batch_size)
     title = f"Batches of several adapters: {count} pictures, {options.denoising_steps} denoising steps with guidance"
-    machine.report("mixed", title, [_table(results), _NOTES.format(each=options.each)], result, options.out)
+    machine.report("mixed", title, [_table(results), notes], result, options.out)
 
 
 def _measure(model: str, precision: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def _measure(model: str, precision: str, options: argparse.Namespace, scratch: P
         "denoising-steps": options.denoising_steps,
         "threads": options.threads,
         "each": options.each,
+        "batch-size": options.batch_size,
     }
     runs = [machine.run_child("mixed.py", job) for _ in range(options.rounds)]
     seconds = {way: [value for run in runs for value in run[way]] for way in _WAYS}
@@ -79,7 +82,7 @@ def _table(results: Sequence[Mapping[str, Any]]) -> str:
     return machine.table(columns, [[run[key] for key in keys] for run in results])
 
 
-_NOTES = f"""Mixed: {_ADAPTERS} adapters with {{each}} pictures each, in batches of up to {_BATCH}, the adapters in memory from before. One: as
+_NOTES = f"""Mixed: {_ADAPTERS} adapters with {{each}} pictures each, in batches of up to {{batch}}, the adapters in memory from before. One: as
 many pictures of one adapter, in the same batches. Mixed, read anew: the same with files that were not read before.
 Diffusers: the pipeline reads an adapter, sets it, makes its {{each}} pictures in one batch and unloads it, one adapter after
 the other. Pictures a second: medians over all turns; the ratios are medians of the turns', above 1 where the first is
@@ -130,7 +133,7 @@ def _our_way(engine: Any, files: Sequence[Path], options: argparse.Namespace) ->
         )
         for number in range(_ADAPTERS * options.each)
     ]
-    assert sum(1 for _ in engine.generate_all(requests, batch_size=_BATCH)) == len(requests)
+    assert sum(1 for _ in engine.generate_all(requests, batch_size=options.batch_size)) == len(requests)
 
 
 def _diffusers_way(options: argparse.Namespace, torch: Any) -> Callable[[Sequence[Path]], None]:
@@ -173,6 +176,7 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--denoising-steps", type=int, default=10, help="steps of a picture")
     parser.add_argument("--turns", type=int, default=3, help="measured turns of a run, after one that warms up")
     parser.add_argument("--each", type=int, default=4, help="pictures of each adapter")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures that we make at once")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch in the measured process")
     return parser.parse_args(words)
 

@@ -270,7 +270,7 @@ class _Branches:
         for name, strength in self.strengths.items():
             result = result + self.members[name](inputs[0], output, strength).to(output.dtype)
         if self._side_by_side:
-            result = result + self._side_by_side(inputs[0], output)
+            result = self._side_by_side.add_to(result, inputs[0])
         return self._add_rows(inputs[0], output, result) if self._others else result
 
     def _add_rows(self, inputs: torch.Tensor, output: torch.Tensor, result: torch.Tensor) -> torch.Tensor:

@@ -40,13 +40,16 @@ class SideBySide:
         """Whether the factors as they are laid out take no more than twice the memory that the adapters take."""
         return len(self._mixes) * self._width <= 2 * sum(self._ranks)
 
-    def __call__(self, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Return what is added to `output` [B,...,out], which the bare layer gave for `inputs` [B,...,in]."""
+    def add_to(self, result: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Return `result` [B,...,out] with what is added to it where the layer is given `inputs` [B,...,in]."""
         if self._laid is None:
             self._laid = self._lay()
         down, up, scale = self._laid
-        narrow = torch.bmm(inputs.to(down.dtype).reshape(len(down), -1, inputs.shape[-1]), down)
-        return torch.bmm((narrow * scale).to(narrow.dtype), up).reshape(output.shape).to(output.dtype)
+        narrow = torch.bmm(inputs.to(down.dtype).reshape(len(down), -1, inputs.shape[-1]), down).mul_(scale)
+        wide = result.reshape(len(up), -1, result.shape[-1])
+        if result.dtype == up.dtype:
+            return torch.baddbmm(wide, narrow, up).reshape(result.shape)
+        return (wide + torch.bmm(narrow, up).to(result.dtype)).reshape(result.shape)
 
     def _lay(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return down [k,in,r], up [k,r,out] and, in float32, scale [k,1,r] of the k parts of the batch."""
