@@ -151,22 +151,28 @@ def test_side_by_side_is_the_sum_of_the_products(strengths, shape):
     draw = partial(torch.randn, generator=generator)
     loras = [Factors(draw(rank, 6), draw(5, rank), scale) for rank, scale in ((2, 0.5), (3, 1.5))]
     inputs = draw(*shape)
-    added = SideBySide(list(zip(loras, strengths, strict=True)))(inputs, draw(*shape[:-1], 5))
+    output = draw(*shape[:-1], 5)
+    result = SideBySide(list(zip(loras, strengths, strict=True))).add_to(output, inputs)
     for row in range(4):
         update = sum(
             column[row] * lora.scale * lora.up @ lora.down for lora, column in zip(loras, strengths, strict=True)
         )
-        torch.testing.assert_close(added[row], inputs[row] @ update.T)
+        torch.testing.assert_close(result[row], output[row] + inputs[row] @ update.T)
 
 
 def test_strengths_are_not_rounded_to_the_weights_type():
     lora = Factors(torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16), 1.0)
-    added = SideBySide([(lora, (0.35, 0.0)), (lora, (0.0, 0.35))])
-    inputs = torch.full((2, 1, 1), 32.0, dtype=torch.bfloat16)
-    assert (
-        added(inputs, inputs).flatten().tolist() == [11.1875] * 2
-    )  # 0.35 in bfloat16 is 0.349609, which gives 11.1875 too
-    assert float(added._laid[2][0, 0, 0]) == pytest.approx(0.35, abs=1e-7)
+    beside = SideBySide([(lora, (0.35, 0.0)), (lora, (0.0, 0.35))])
+    result = beside.add_to(torch.zeros(2, 1, 1), torch.full((2, 1, 1), 13.0, dtype=torch.bfloat16))
+    # 0.35 * 13 = 4.55, which bfloat16 has as 4.5625; with 0.35 as bfloat16 has it, it would be 4.53125.
+    assert result.flatten().tolist() == [4.5625] * 2
+
+
+def test_a_result_of_another_type_than_the_weights_keeps_its_own():
+    lora = Factors(torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16), 1.0)
+    output = torch.full((2, 1, 1), 1 + 2**-12)  # which bfloat16 rounds to 1
+    result = SideBySide([(lora, (1.0, 0.0)), (lora, (0.0, 2.0))]).add_to(output, torch.ones(2, 1, 1))
+    assert result.flatten().tolist() == [2 + 2**-12, 3 + 2**-12]
 
 
 def test_rows_that_would_copy_an_adapter_often_are_not_laid_out():
