@@ -37,7 +37,7 @@ def add_adapter(base: LoadedBase, name: str, adapter: AdapterFile) -> None:
     modules = dict(base.components())
     located = {path: locate(modules, path) for path in adapter.layers}
     _check_fit(base, adapter, located)
-    layers = {path: bare(_module(modules, live)) for path, live in located.items()}
+    layers = {path: bare(layer) for path, layer in located.items()}
     branches = [(path, branch_of(layers[path], layer, base)) for path, layer in adapter.layers.items()]
     for path, branch in branches:
         attach(layers[path], name, branch, unet_block(path, base.unet.config.layers_per_block))
@@ -82,9 +82,8 @@ def remove_adapter(base: LoadedBase, name: str) -> None:
     remove_peft_adapter(base, name)
 
 
-def _check_fit(base: LoadedBase, adapter: AdapterFile, located: Mapping[str, str]) -> None:
-    modules = dict(base.components())
-    shapes = {path: _weight_shape(_module(modules, live)) for path, live in located.items() if live}
+def _check_fit(base: LoadedBase, adapter: AdapterFile, located: Mapping[str, nn.Module | None]) -> None:
+    shapes = {path: _weight_shape(layer) for path, layer in located.items() if layer is not None}
     refuse_misfit(adapter, shapes, base.source.name, base.family.traits)
     if len(set(located.values())) < len(located):
         raise ModelError(
@@ -100,8 +99,3 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
     if isinstance(own, nn.Conv2d):
         return (own.out_channels, own.in_channels // own.groups, *own.kernel_size)
     return ()
-
-
-def _module(modules: Mapping[str, nn.Module], live: str) -> nn.Module:
-    component, _, inside = live.partition(".")
-    return modules[component].get_submodule(inside)

@@ -21,19 +21,15 @@ def bare(layer: nn.Module) -> Any:
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
-def locate(modules: Mapping[str, nn.Module], path: str) -> str:
-    """Return the live path of a file's path, or "" where the base has no such layer."""
+def locate(modules: Mapping[str, nn.Module], path: str) -> Any:
+    """Return the layer at a file's path, None where the base has no such layer."""
     component, _, inside = path.partition(".")
-    module = modules.get(component)
-    if module is None:
-        return ""
     for candidate in (inside, inside.removeprefix(TEXT_MODEL)):
         try:
-            module.get_submodule(candidate)
-        except AttributeError:
+            return modules[component].get_submodule(candidate)
+        except (KeyError, AttributeError):
             continue
-        return f"{component}.{candidate}"
-    return ""
+    return None
 
 
 def wrapped_layers(base: LoadedBase) -> Iterator[tuple[str, str, Any]]:
@@ -107,6 +103,4 @@ def remove_peft_adapter(base: LoadedBase, name: str) -> None:
 
 def base_weight(base: LoadedBase, path: str) -> torch.Tensor:
     """Return the base's own weight of a layer by its path in files, dequantised where it is held in fewer bits."""
-    modules = dict(base.components())
-    component, _, inside = locate(modules, path).partition(".")
-    return full_weight(bare(modules[component].get_submodule(inside)))
+    return full_weight(bare(locate(dict(base.components()), path)))

@@ -116,9 +116,8 @@ def _network(section: AdapterSection, base: LoadedBase, layers: Mapping[str, Ada
     modules = dict(base.components())
     sizes: dict[bool, Counter[tuple[int, float]]] = {False: Counter(), True: Counter()}
     for path, layer in layers.items():
-        component, _, inside = locate(modules, path).partition(".")
         if size := _size(layer):
-            sizes[has_large_kernel(bare(modules[component].get_submodule(inside)))][size] += 1
+            sizes[has_large_kernel(bare(locate(modules, path)))][size] += 1
     small, large = (found.most_common(1)[0][0] if found else None for found in (sizes[False], sizes[True]))
     if large:
         arguments |= {"conv_dim": str(large[0]), "conv_alpha": f"{large[1]:g}"}

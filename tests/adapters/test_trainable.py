@@ -46,8 +46,7 @@ def add_to_weights(base, layers) -> None:
     """What an adapter means: its update is added to each base weight."""
     modules = dict(base.components())
     for path, layer in layers.items():
-        component, inside = locate(modules, path).split(".", 1)
-        live = modules[component].get_submodule(inside)
+        live = locate(modules, path)
         with torch.no_grad():
             live.weight += layer.update_of(live.weight)
 
@@ -261,8 +260,7 @@ def test_half_its_weight_is_half_its_update(tiny_base, kind):
     adapter = trained(base, kind)
     modules = dict(dense.components())
     for path, layer in adapter.layers().items():
-        component, inside = locate(modules, path).split(".", 1)
-        weight = modules[component].get_submodule(inside).weight
+        weight = locate(modules, path).weight
         with torch.no_grad():
             weight += 0.5 * layer.update_of(weight)
     adapter.set_active(0.5)
