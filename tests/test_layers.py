@@ -10,7 +10,18 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "quiet", "assets", "diffusion", "headers", "storage", "config", "sqlite_index", "lettering"}
+GROUND = {
+    "errors",
+    "quiet",
+    "assets",
+    "diffusion",
+    "headers",
+    "storage",
+    "pickles",
+    "config",
+    "sqlite_index",
+    "lettering",
+}
 SHARED = GROUND | {"families", "data", "adapters"}
 # Each part of the program and the parts it may import, itself aside. "sdlora" is the package's public names.
 ALLOWED: dict[str, set[str]] = {
@@ -22,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "lettering": set(),
     "headers": {"errors"},
     "storage": {"errors", "headers"},
+    "pickles": {"errors"},
     "sqlite_index": {"errors"},
     "config": {"errors", "storage"},
     "families": GROUND,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -31,6 +32,20 @@ def rrdb_tensors(
         conv(f"conv_up{number}", features, features)
     conv("conv_hr", features, features)
     conv("conv_last", features, 3)
+    return tensors
+
+
+def compact_tensors(scale: int = 4, layers: int = 32, features: int = 64, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return random weights under the names of Real-ESRGAN's compact files, such as realesr-general-x4v3."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    sides = [3, *[features] * (layers + 1), 3 * scale**2]
+    for number, (inside, out) in enumerate(itertools.pairwise(sides)):
+        name = f"body.{2 * number}"
+        tensors[f"{name}.weight"] = torch.randn(out, inside, 3, 3, generator=generator) * (1.2 / (9 * inside) ** 0.5)
+        tensors[f"{name}.bias"] = torch.randn(out, generator=generator) * 0.02
+        if number <= layers:
+            tensors[f"body.{2 * number + 1}.weight"] = torch.rand(features, generator=generator) * 0.5
     return tensors
 
 

@@ -13,7 +13,7 @@ from sdlora.storage import atomic_path, check_writable, user_path
 def run(arguments: list[str]) -> int:
     """Make the pictures larger that the command line names; returns the exit status."""
     options = _parser().parse_args(arguments)
-    from sdlora.generation.upscaler import check_upscaler
+    from sdlora.generation.upscaler_files import check_upscaler
 
     model, folder = user_path(options.model), user_path(options.out)
     scale = check_upscaler(model).scale
@@ -42,7 +42,8 @@ def _refuse(targets: dict[Path, Path], scale: int) -> None:
 def _upscale(targets: dict[Path, Path], model: Path, device: str | None) -> None:
     from sdlora.data.pictures import read_picture
     from sdlora.families.registry import find_device
-    from sdlora.generation.upscaler import read_upscaler, upscale
+    from sdlora.generation.upscaler import upscale
+    from sdlora.generation.upscaler_files import read_upscaler
 
     place, network = find_device(device), read_upscaler(model)
     for number, (picture, target) in enumerate(targets.items(), start=1):
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Make pictures larger by a network of ESRGAN's kind, from a file that you have.",
     )
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files")
-    parser.add_argument("--model", required=True, metavar="FILE", help="ESRGAN or Real-ESRGAN as .safetensors")
+    parser.add_argument("--model", required=True, metavar="FILE", help="ESRGAN or Real-ESRGAN, .safetensors or .pth")
     parser.add_argument("--out", default="outputs", help="folder for the PNG files NAME-x4.png (default: outputs)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps; default: the GPU where there is one")
     return parser

@@ -63,7 +63,7 @@ def input_settings(recipe: Recipe, find: FindInput) -> dict[str, Any]:
     if hires := recipe.hires:
         upscaler = hires.upscaler
         if hires.upscaler_sha256:
-            upscaler = str(find(f"{hires.upscaler}.safetensors", hires.upscaler_sha256))
+            upscaler = str(find(hires.upscaler, hires.upscaler_sha256))
         settings |= {
             "hires_scale": hires.scale,
             "hires_steps": hires.steps,
@@ -74,7 +74,10 @@ def input_settings(recipe: Recipe, find: FindInput) -> dict[str, Any]:
 
 
 def _candidates(folders: Sequence[Path], name: str) -> Iterator[Path]:
-    """Yield files, those of that name first; a name never leads out of a folder. Raises DataError for what is no folder."""
+    """Yield files, those of that name first, then those whose names begin so; a name never leads out of a folder.
+
+    Raises DataError for what is no folder.
+    """
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise DataError(f"{missing[0]}: there is no such folder of pictures to look in")
     plain = Path(name).name
@@ -82,7 +85,8 @@ def _candidates(folders: Sequence[Path], name: str) -> Iterator[Path]:
     if is_hub_id(name) and (cached := find_cached_control(name)):
         yield cached
     for folder in folders:
-        yield from (file for file in sorted(folder.iterdir()) if file.name != plain and _may_be(file))
+        others = [file for file in folder.iterdir() if file.name != plain and _may_be(file)]
+        yield from sorted(others, key=lambda file: (not file.name.startswith(plain), file))
 
 
 def _may_be(path: Path) -> bool:

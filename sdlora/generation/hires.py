@@ -9,7 +9,7 @@ from sdlora.errors import ConfigError
 from sdlora.families.samplers.names import DDIM_MOST_STEPS, SAMPLERS
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, UsedHires
 from sdlora.generation.source import MAX_SIDE
-from sdlora.generation.upscaler import check_upscaler
+from sdlora.generation.upscaler_files import check_upscaler
 from sdlora.storage import sha256_while_unchanged, user_path
 
 _MOST_STRENGTH = 0.999
@@ -59,7 +59,7 @@ def read_hires(request: GenerationRequest) -> Hires | None:
         path = user_path(named)
         if path.suffix == "" and not path.exists():
             known = ", ".join((*LATENT_UPSCALERS, *PIXEL_UPSCALERS))
-            raise ConfigError(f"hires_upscaler is {named!r}; expected {known}, or an ESRGAN .safetensors file")
+            raise ConfigError(f"hires_upscaler is {named!r}; expected {known}, or an ESRGAN file")
         check_upscaler(path)
         digest = sha256_while_unchanged(path)  # it has 67 MB, and a batch 10,000 requests that name it
     name = Path(named).stem if digest else named

@@ -159,7 +159,7 @@ class GenerationRequest(Section):
     hires_strength: _Strength = 0.7
     """How much the second pass makes anew."""
     hires_upscaler: str = "latent"
-    """What enlarges between the passes: latent, latent (nearest-exact), latent (bicubic), lanczos, nearest, or an ESRGAN .safetensors file."""
+    """What enlarges between the passes: latent, latent (nearest-exact), latent (bicubic), lanczos, nearest, or an ESRGAN file (.safetensors, .pth)."""
     vae_tiling: Tiling = "auto"
     """Whether the VAE works in tiles, which takes less memory; auto: above 1536 x 1536 pixels, or where memory runs out."""
 

@@ -14,7 +14,8 @@ from sdlora.generation.encoded import Guide
 from sdlora.generation.hires import Hires
 from sdlora.generation.request import LATENT_UPSCALERS
 from sdlora.generation.start import Start, picture_of, pixels_of
-from sdlora.generation.upscaler import read_upscaler, upscale
+from sdlora.generation.upscaler import upscale
+from sdlora.generation.upscaler_files import read_upscaler
 from sdlora.generation.vae import Vae
 from sdlora.storage import user_path
 

@@ -1,21 +1,21 @@
 """The second pass: its size, its steps, its noise, and what enlarges between the passes."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from engine_help import ask, make, pixels, same
+from every_family import one_family
 from PIL import Image
-from upscaler_files import write_upscaler
+from upscaler_files import compact_tensors, write_upscaler
 
 from sdlora.errors import ConfigError, FormatError
 from sdlora.families.latent import sampler
 from sdlora.generation.engine import Engine
+from sdlora.generation.find_input import input_finder
 from sdlora.generation.hires import Hires, read_hires
 from sdlora.generation.pictures import infotext
-from sdlora.generation.request import Recipe, UsedHires, make_request
-from sdlora.storage import sha256_of_file
+from sdlora.generation.request import Recipe, UsedHires
+from sdlora.storage import serialize_tensors, sha256_of_file
 
 
 @pytest.fixture
@@ -151,17 +151,14 @@ def test_a_size_that_the_base_decides_is_refused_too(engine, monkeypatch):
         make(engine, ask(hires_scale=8))
 
 
-def test_a_pickle_is_refused(engine, tmp_path):
-    path = tmp_path / "RealESRGAN_x4plus.pth"
-    torch.save({"params_ema": {}}, path)
-    with pytest.raises(FormatError, match=r"is a pickle or zip archive.*get the \.safetensors version"):
-        make(engine, ask(**hires(hires_upscaler=str(Path(path)))))
-
-
-def test_an_upscaler_is_hashed_once(tmp_path, monkeypatch):
-    write_upscaler(tmp_path / "up.safetensors")
-    hashed = []
-    monkeypatch.setattr("sdlora.storage.sha256_of_file", lambda path: hashed.append(path) or "ab" * 32)
-    for seed in range(3):
-        read_hires(make_request(prompt="a", seed=seed, hires_scale=2, hires_upscaler=str(tmp_path / "up.safetensors")))
-    assert len(hashed) == 1
+@one_family
+def test_an_upscaler_may_be_a_pickle(engine, tmp_path):
+    tensors = compact_tensors(scale=2, layers=1, features=4)
+    safe, pickled = tmp_path / "a.safetensors", tmp_path / "b.pth"
+    safe.write_bytes(serialize_tensors(tensors, {}))
+    torch.save({"params": tensors}, pickled)
+    (one, _), (other, recipe) = (
+        next(engine.generate(ask(**hires(hires_upscaler=str(path))))) for path in (safe, pickled)
+    )
+    assert np.array_equal(pixels(one), pixels(other))
+    assert input_finder([tmp_path])(recipe.hires.upscaler, recipe.hires.upscaler_sha256) == pickled

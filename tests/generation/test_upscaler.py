@@ -5,11 +5,13 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
-from upscaler_files import first_layout, rrdb_tensors, write_upscaler
+from upscaler_files import compact_tensors, first_layout, rrdb_tensors, write_upscaler
 
 from sdlora.errors import FormatError, GenerationError
 from sdlora.generation import upscaler as module
-from sdlora.generation.upscaler import Plan, check_upscaler, read_upscaler, upscale
+from sdlora.generation.upscaler import upscale
+from sdlora.generation.upscaler_files import check_upscaler, read_upscaler
+from sdlora.generation.upscaler_networks import CompactPlan, RrdbPlan
 from sdlora.storage import serialize_tensors
 
 CPU = torch.device("cpu")
@@ -58,7 +60,7 @@ def test_the_network_is_the_published_one(tmp_path, scale, ups):
     network = read_upscaler(write_upscaler(tmp_path / "x.safetensors", scale=scale, **SMALL))
     pixels = torch.rand(1, 3, 9, 12, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(network(pixels), by_hand(tensors, pixels, ups), atol=1e-5)
-    assert network.plan == Plan(scale, 2, 8, 4, 1)
+    assert network.plan == RrdbPlan(scale, 2, 8, 4, 1)
 
 
 def test_of_a_network_for_twice_the_size_pixels_become_channels_first(tmp_path):
@@ -90,10 +92,106 @@ def test_a_file_of_the_true_size_is_recognised_by_its_header(tmp_path):
     assert sum(tensor.numel() for tensor in tensors.values()) == 16_697_987  # as of RealESRGAN_x4plus
     path = tmp_path / "RealESRGAN_x4plus.safetensors"
     path.write_bytes(serialize_tensors(tensors, {}))
-    assert check_upscaler(path) == Plan(4, 23, 64, 32, 1)
+    assert check_upscaler(path) == RrdbPlan(4, 23, 64, 32, 1)
     path.write_bytes(serialize_tensors(first_layout(tensors), {}))
-    assert check_upscaler(path) == Plan(4, 23, 64, 32, 1)
+    assert check_upscaler(path) == RrdbPlan(4, 23, 64, 32, 1)
     assert upscale(read_upscaler(path), picture(12, 8), CPU).size == (48, 32)
+
+
+# --- compact networks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+@pytest.mark.parametrize("wrapping", ["", "params."])
+def test_a_compact_network_is_the_published_one(tmp_path, scale, wrapping):
+    tensors = compact_tensors(scale, layers=2, features=8)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(serialize_tensors({f"{wrapping}{key}": tensor for key, tensor in tensors.items()}, {}))
+    pixels = torch.rand(1, 3, 5, 7, generator=torch.Generator().manual_seed(1))
+    x = pixels
+    for number in (0, 2, 4, 6):
+        x = functional.conv2d(x, tensors[f"body.{number}.weight"], tensors[f"body.{number}.bias"], padding=1)
+        if number < 6:
+            x = torch.where(x > 0, x, tensors[f"body.{number + 1}.weight"][:, None, None] * x)
+    # Of each pixel the channels are s x s pixels, colour by colour, rows before columns (Shi et al. 2016, eq. 4).
+    made = x.reshape(1, 3, scale, scale, 5, 7).permute(0, 1, 4, 2, 5, 3).reshape(1, 3, 5 * scale, 7 * scale)
+    expected = made + pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    network = read_upscaler(path)
+    torch.testing.assert_close(network(pixels), expected)
+    assert network.plan == CompactPlan(scale, 2, 8)
+    assert upscale(network, picture(7, 5), CPU).size == (7 * scale, 5 * scale)
+
+
+def test_compact_files_of_the_true_sizes(tmp_path):
+    for name, layers, features, count in (("general", 32, 64, 1_213_296), ("animevideo", 16, 64, 621_424)):
+        tensors = compact_tensors(4, layers, features)
+        assert sum(tensor.numel() for tensor in tensors.values()) == count
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(serialize_tensors(tensors, {}))
+        assert check_upscaler(path) == CompactPlan(4, layers, features)
+
+
+# --- pickles -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", ["params_ema", "params", "state_dict", ""])
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", ["rrdb", "first layout", "compact"])
+def test_a_pickle_is_the_same_network_as_its_safetensors(tmp_path, wrapped, zipped, kind):
+    rrdb = rrdb_tensors(scale=2, **SMALL)
+    tensors = {"rrdb": rrdb, "first layout": first_layout(rrdb), "compact": compact_tensors(2, 1, 4)}[kind]
+    safe, pickled = tmp_path / "x.safetensors", tmp_path / "x.pth"
+    safe.write_bytes(serialize_tensors(tensors, {}))
+    torch.save({wrapped: tensors} if wrapped else tensors, pickled, _use_new_zipfile_serialization=zipped)
+    assert check_upscaler(pickled) == check_upscaler(safe)
+    one, other = (np.asarray(upscale(read_upscaler(path), picture(9, 7), CPU)) for path in (safe, pickled))
+    assert np.array_equal(one, other)
+
+
+def test_of_a_pickle_with_both_the_averaged_weights_count(tmp_path):
+    plain, averaged = compact_tensors(2, 1, 4, seed=1), compact_tensors(2, 1, 4, seed=2)
+    torch.save({"params": plain, "params_ema": averaged}, tmp_path / "x.pth")
+    assert torch.equal(read_upscaler(tmp_path / "x.pth").state_dict()["body.0.weight"], averaged["body.0.weight"])
+
+
+class Payload:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"params": compact_tensors(2, 1, 4), "more": Payload(tmp_path / "ran")}, path)
+    with pytest.raises(FormatError, match="is no upscaler that can be read without running what is in it"):
+        check_upscaler(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ([torch.ones(2)], "is no upscaler that is known"),
+        ({}, "is no upscaler that is known"),
+        ({"params": {"body.0.weight": 3}}, "is no upscaler that is known"),
+        ({"params": {3: torch.ones(2)}}, "is no upscaler that is known"),
+        ({"body.0.weight": torch.ones(1).expand(10_000, 3, 3, 3)}, "larger than the file"),
+        ({"body.0.weight": torch.ones(2, 3, 3, 3)}, "ends in 2 channels"),
+        ({**compact_tensors(2, 1, 4), "body.9.weight": torch.ones(2)}, "differs from a network of its kind"),
+        ({**compact_tensors(2, 1, 4), "body.3.weight": torch.ones(2)}, "at 'body.3.weight'"),
+    ],
+)
+def test_a_pickle_of_something_else_is_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "x.pth"
+    torch.save(content, path)
+    with pytest.raises(FormatError) as caught:
+        check_upscaler(path)
+    assert sentence in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- tiles -------------------------------------------------------------------------------------------
 
 
 def test_tiles_are_seamless(tmp_path, monkeypatch):

@@ -5,8 +5,6 @@ AUTOMATIC1111: {"string_to_param": {"*": [n,D]}, "name": word, ...}. diffusers: 
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 
 from sdlora.adapters.formats.embedding import Vectors, checked_vectors
 from sdlora.errors import FormatError
+from sdlora.pickles import read_pickle
 
 _LARGEST_BYTES = 64 << 20
 
@@ -23,27 +22,7 @@ def read(path: Path) -> tuple[str, Vectors]:
 
     Raises FormatError for anything else, and for a pickle that holds more than weights, which is never run.
     """
-    size = path.stat().st_size
-    if size > _LARGEST_BYTES:
-        raise FormatError(f"{path}: is a pickle of {size >> 20} MB; only embeddings are read from pickles, not models")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's age
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        OSError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as error:
-        raise FormatError(
-            f"{path}: is no embedding that can be read without running what is in it; get the .safetensors version"
-        ) from error
+    content = read_pickle(path, "embedding", _LARGEST_BYTES)
     found: Any = content.get("string_to_param", content) if isinstance(content, dict) else None
     if isinstance(found, dict):
         tensors = [value for value in found.values() if isinstance(value, torch.Tensor)]
