@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from sdlora.generation.engine import Engine
     from sdlora.generation.foreign.reading import ForeignRecipe, foreign_request, read_foreign
     from sdlora.generation.history.index import History
-    from sdlora.generation.infotext import parse_infotext
-    from sdlora.generation.pictures import read_recipe, save_picture
-    from sdlora.generation.replay import replay
+    from sdlora.generation.pictures.files import read_recipe, save_picture
+    from sdlora.generation.pictures.infotext import parse_infotext
+    from sdlora.generation.replay.replaying import replay
     from sdlora.generation.request import GenerationRequest, Recipe, make_request
     from sdlora.training.run import RunResult, train
 
@@ -77,13 +77,13 @@ _HOMES = {
     "open_base": "sdlora.families.stored_base",
     "open_dataset": "sdlora.data.source",
     "parse_config": "sdlora.config",
-    "parse_infotext": "sdlora.generation.infotext",
+    "parse_infotext": "sdlora.generation.pictures.infotext",
     "read_adapter": "sdlora.adapters.file",
     "read_foreign": "sdlora.generation.foreign.reading",
-    "read_recipe": "sdlora.generation.pictures",
-    "replay": "sdlora.generation.replay",
+    "read_recipe": "sdlora.generation.pictures.files",
+    "replay": "sdlora.generation.replay.replaying",
     "resize": "sdlora.adapters.resize",
-    "save_picture": "sdlora.generation.pictures",
+    "save_picture": "sdlora.generation.pictures.files",
     "train": "sdlora.training.run",
     "write_adapter": "sdlora.adapters.write",
 }

@@ -26,7 +26,7 @@ from sdlora.generation.batch.plan import BatchPlan, Picture, in_groups, plan_bat
 from sdlora.generation.batch.ranks import Ranks, deal
 from sdlora.generation.batch.rate import measured_rate
 from sdlora.generation.batch.sheets import Layout, parse_layout, planes, write_contact_sheets, write_grids
-from sdlora.generation.picture_names import FIELDS, FIELDS_OF_THE_MOMENT, check_template
+from sdlora.generation.pictures.names import FIELDS, FIELDS_OF_THE_MOMENT, check_template
 from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable, user_path
 

@@ -18,8 +18,8 @@ from sdlora.families.schedule import refuse_pure_noise
 from sdlora.generation.asked import check_pictures
 from sdlora.generation.controls import refuse_foreign_controls
 from sdlora.generation.engine import refuse_foreign_adapters
-from sdlora.generation.picture_names import DEFAULT_TEMPLATE, FIELDS, check_template, picture_path
-from sdlora.generation.pictures import FileFormat
+from sdlora.generation.pictures.files import FileFormat
+from sdlora.generation.pictures.names import DEFAULT_TEMPLATE, FIELDS, check_template, picture_path
 from sdlora.generation.request import GenerationRequest
 from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable

@@ -13,7 +13,7 @@ from sdlora.adapters.blocks import parse_block_weights
 from sdlora.config import Section, validated
 from sdlora.errors import FormatError
 from sdlora.families.samplers.names import DDIM_MOST_STEPS, SAMPLERS, sampler_and_schedule
-from sdlora.generation.prompt_plan import Emphases
+from sdlora.generation.prompts.plan import Emphases
 from sdlora.generation.step_weights import parse_step_weights
 
 SEED_LIMIT = 2**32

@@ -15,8 +15,8 @@ from sdlora.config.section import is_file_stem
 from sdlora.errors import ConfigError
 from sdlora.generation.adapter_text import parse_adapters
 from sdlora.generation.control_text import split_control
-from sdlora.generation.picture_names import FIELDS_OF_THE_MOMENT, template_fields
-from sdlora.generation.pictures import SUFFIXES
+from sdlora.generation.pictures.files import SUFFIXES
+from sdlora.generation.pictures.names import FIELDS_OF_THE_MOMENT, template_fields
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, idle_settings
 from sdlora.storage import is_there, user_path
 

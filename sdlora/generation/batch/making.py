@@ -34,7 +34,7 @@ from sdlora.generation.batch.plan import (
 )
 from sdlora.generation.batches import Likeness, likeness
 from sdlora.generation.engine import Engine
-from sdlora.generation.pictures import PNG, SUFFIXES, FileFormat, read_recipe, save_picture
+from sdlora.generation.pictures.files import PNG, SUFFIXES, FileFormat, read_recipe, save_picture
 from sdlora.generation.request import Recipe
 
 _LEFT_BEHIND_SECONDS = 60.0

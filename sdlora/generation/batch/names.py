@@ -15,8 +15,8 @@ from sdlora.generation.asked import Asked
 from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.job_fields import is_template, name_parts, refuse_sheets
 from sdlora.generation.batch.jobs import Job
-from sdlora.generation.picture_names import NameFields, filled_path
-from sdlora.generation.pictures import FORMATS, SUFFIXES
+from sdlora.generation.pictures.files import FORMATS, SUFFIXES
+from sdlora.generation.pictures.names import NameFields, filled_path
 from sdlora.storage import past_devices
 
 _ID_DIGITS = 8

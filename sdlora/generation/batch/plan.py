@@ -29,9 +29,9 @@ from sdlora.generation.batch.jobs import Job
 from sdlora.generation.batch.names import FileNames
 from sdlora.generation.batches import neighbours
 from sdlora.generation.controls import AskedControl
-from sdlora.generation.pictures import PNG, FileFormat
+from sdlora.generation.img2img.source import work_size
+from sdlora.generation.pictures.files import PNG, FileFormat
 from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, idle_settings
-from sdlora.generation.source import work_size
 from sdlora.storage import sha256_while_unchanged, user_path
 
 _NOT_THE_PICTURES = ("prompt", "negative_prompt", "seed", "count", "wildcards", "adapters")

@@ -15,7 +15,7 @@ from sdlora.errors import FormatError
 from sdlora.generation.foreign.reading import foreign_recipe
 from sdlora.generation.foreign.recipe import ForeignRecipe
 from sdlora.generation.history.words import folded, indexed, utf8
-from sdlora.generation.picture_texts import RECIPE, PictureTexts, read_texts
+from sdlora.generation.pictures.texts import RECIPE, PictureTexts, read_texts
 from sdlora.generation.request import Recipe
 
 _LONGEST = 20_000

@@ -33,7 +33,7 @@ from sdlora.generation.batch.plan import BatchPlan, Picture, plan_batch
 from sdlora.generation.batch.ranks import deal
 from sdlora.generation.batch.rate import measured_rate
 from sdlora.generation.engine import Engine
-from sdlora.generation.pictures import FileFormat, read_recipe
+from sdlora.generation.pictures.files import FileFormat, read_recipe
 from sdlora.generation.request import make_request
 
 

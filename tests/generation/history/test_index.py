@@ -13,7 +13,7 @@ from sdlora.errors import ConfigError, FormatError, OutputError
 from sdlora.generation.history import index as history_module
 from sdlora.generation.history.index import INDEX_NAME, History, history_of
 from sdlora.generation.history.ratings import RATINGS_NAME
-from sdlora.generation.pictures import save_picture
+from sdlora.generation.pictures.files import save_picture
 from sdlora.generation.request import UsedAdapter
 
 DAY = datetime(2026, 11, 22, 12)
@@ -285,7 +285,7 @@ import json, sys
 from pathlib import Path
 from PIL import Image
 from sdlora.generation.history.index import History
-from sdlora.generation.pictures import save_picture
+from sdlora.generation.pictures.files import save_picture
 from sdlora.generation.request import Recipe
 folder, text, first = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 history = History(folder)
