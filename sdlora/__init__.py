@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from sdlora.generation.history.index import History
     from sdlora.generation.pictures.files import read_recipe, save_picture
     from sdlora.generation.pictures.infotext import parse_infotext
+    from sdlora.generation.recipe import Recipe
     from sdlora.generation.replay.replaying import replay
-    from sdlora.generation.request import GenerationRequest, Recipe, make_request
+    from sdlora.generation.request import GenerationRequest, make_request
     from sdlora.training.run import RunResult, train
 
 _HOMES = {
@@ -58,7 +59,7 @@ _HOMES = {
     "MergePart": "sdlora.adapters.merge",
     "MergeSettings": "sdlora.adapters.merge",
     "ModelFamily": "sdlora.families.base",
-    "Recipe": "sdlora.generation.request",
+    "Recipe": "sdlora.generation.recipe",
     "RunResult": "sdlora.training.run",
     "SdloraError": "sdlora.errors",
     "StoredBase": "sdlora.families.stored_base",

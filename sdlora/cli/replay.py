@@ -15,8 +15,8 @@ from sdlora.storage import check_writable, is_there, user_path
 if TYPE_CHECKING:
     from sdlora import BaseSection, GenerationRequest, Recipe
     from sdlora.generation.foreign.reading import ForeignAdapter, ForeignRecipe, ForeignRequest
+    from sdlora.generation.recipe import UsedAdapter
     from sdlora.generation.replay.replaying import Comparison, Replayed
-    from sdlora.generation.request import UsedAdapter
     from sdlora.sharing.library import AdapterLibrary
 
 

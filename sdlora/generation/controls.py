@@ -19,7 +19,8 @@ from sdlora.families.sources import find_base
 from sdlora.generation.denoising.besides import Control
 from sdlora.generation.img2img.inpaint import Canvas
 from sdlora.generation.img2img.source import fitted, upright_picture, used_picture
-from sdlora.generation.request import ControlChoice, GenerationRequest, ResizeMode, UsedControl
+from sdlora.generation.recipe import UsedControl
+from sdlora.generation.request import ControlChoice, GenerationRequest, ResizeMode
 
 
 @dataclass(frozen=True)

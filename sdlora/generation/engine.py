@@ -21,8 +21,9 @@ from sdlora.generation.batches import Made, in_order, regrouped, split_alike
 from sdlora.generation.denoising.preview import latent_colours
 from sdlora.generation.denoising.progress import OnStep, ShouldStop, StepProgress, Watch
 from sdlora.generation.memory import CompiledUnet, Offload, Placement, lay_channels_last, load_for
+from sdlora.generation.recipe import Recipe
 from sdlora.generation.render import Renderer
-from sdlora.generation.request import GenerationRequest, Recipe
+from sdlora.generation.request import GenerationRequest
 from sdlora.generation.resident import ResidentAdapters
 
 __all__ = ["Engine", "OnStep", "StepProgress", "refuse_foreign_adapters"]

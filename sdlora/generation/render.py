@@ -27,11 +27,11 @@ from sdlora.generation.img2img.inpaint import Canvas, canvas_of
 from sdlora.generation.img2img.latents import masked_pictures, picture_of, start_at, steps_run
 from sdlora.generation.memory import CompiledUnet, Placement
 from sdlora.generation.prompts.plan import encoder_emphasis
-from sdlora.generation.recipes import PRECISION_NAMES, recipe_of
-from sdlora.generation.request import Recipe
+from sdlora.generation.recipe import Recipe
 from sdlora.generation.resident import Acting, ResidentAdapters
 from sdlora.generation.upscaling.second_pass import AtTheEnd, second_start
 from sdlora.generation.vae import Vae
+from sdlora.generation.what_ran import PRECISION_NAMES, recipe_of
 
 
 class Renderer:

@@ -160,7 +160,7 @@ def _idle(values: Mapping[str, Any], defaults: Collection[str]) -> set[str]:
     if not values.get("adapters"):
         idle.add("weight")
     left = {name: value for name, value in values.items() if name not in idle.intersection(defaults)}
-    idle.update(name for names in idle_settings(left).values() for name in names)
+    idle.update(idle_settings(left))
     return idle.intersection(defaults, values)
 
 

@@ -31,7 +31,8 @@ from sdlora.generation.batches import neighbours
 from sdlora.generation.controls import AskedControl
 from sdlora.generation.img2img.source import work_size
 from sdlora.generation.pictures.files import PNG, FileFormat
-from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, idle_settings
+from sdlora.generation.recipe import Recipe, UsedAdapter
+from sdlora.generation.request import AdapterChoice, GenerationRequest, idle_settings
 from sdlora.storage import sha256_while_unchanged, user_path
 
 _NOT_THE_PICTURES = ("prompt", "negative_prompt", "seed", "count", "wildcards", "adapters")
@@ -146,7 +147,7 @@ class _Planner:
     def _settings(self, request: GenerationRequest) -> Mapping[str, Any]:
         """Return the settings that are not as they are unsaid, so that a setting of a later version changes no identity."""
         given = request.model_dump(exclude_defaults=True, exclude=set(_NOT_THE_PICTURES))
-        idle = {name for names in idle_settings(given).values() for name in names}
+        idle = idle_settings(given).keys()
         values = {name: value for name, value in given.items() if name not in idle}
         return {**values, **{name: sha256_while_unchanged(user_path(file)) for name, file in files_of(values).items()}}
 

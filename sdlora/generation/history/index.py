@@ -17,7 +17,7 @@ from sdlora.generation.history.ratings import Ratings
 from sdlora.generation.history.row import PictureRow, insert, read_row, row_of, signature_of
 from sdlora.generation.history.tables import SCHEMA, TABLES
 from sdlora.generation.pictures.files import SUFFIXES
-from sdlora.generation.request import Recipe
+from sdlora.generation.recipe import Recipe
 from sdlora.sqlite_index import SqliteIndex
 from sdlora.storage import is_there, user_path
 

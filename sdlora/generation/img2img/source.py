@@ -12,7 +12,8 @@ from PIL import Image
 
 from sdlora.data.pictures import read_header, read_mask, read_picture
 from sdlora.errors import ConfigError, DataError
-from sdlora.generation.request import GenerationRequest, ResizeMode, UsedMask, UsedPicture, UsedStart
+from sdlora.generation.recipe import UsedMask, UsedPicture, UsedStart
+from sdlora.generation.request import GenerationRequest, ResizeMode
 from sdlora.storage import sha256_while_unchanged, user_path
 
 MAX_SIDE = 4096

@@ -16,7 +16,7 @@ from sdlora.errors import ConfigError, FormatError, first_line
 from sdlora.generation.pictures.infotext import infotext
 from sdlora.generation.pictures.names import DEFAULT_TEMPLATE, picture_path
 from sdlora.generation.pictures.texts import INFOTEXT, RECIPE, SAVED_AS, exif_with, read_texts, xmp_with
-from sdlora.generation.request import Recipe
+from sdlora.generation.recipe import Recipe
 from sdlora.storage import atomic_path, user_path, write_new
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

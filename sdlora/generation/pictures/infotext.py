@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sdlora.families.samplers.names import OF_SCHEDULERS, SAMPLERS
 from sdlora.generation.pictures.start_fields import start_fields
-from sdlora.generation.request import Recipe, UsedAdapter
+from sdlora.generation.recipe import Recipe, UsedAdapter
 
 _SCHEDULE_SETTINGS = {
     "use_karras_sigmas": "Karras",

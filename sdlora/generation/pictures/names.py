@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import PurePosixPath
 
 from sdlora.errors import ConfigError
-from sdlora.generation.request import Recipe
+from sdlora.generation.recipe import Recipe
 from sdlora.storage import past_devices
 
 DEFAULT_TEMPLATE = "{seed:05}-{prompt}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sdlora.generation.request import Recipe, UsedControl, UsedMask
+from sdlora.generation.recipe import Recipe, UsedControl, UsedMask
 
 UPSCALERS = {
     "latent": "Latent",

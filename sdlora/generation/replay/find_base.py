@@ -11,7 +11,7 @@ from sdlora.errors import FormatError, ModelError
 from sdlora.families.detect import BaseFacts, detect_base, family_of
 from sdlora.families.registry import base_sha256
 from sdlora.families.sources import find_base
-from sdlora.generation.request import Recipe
+from sdlora.generation.recipe import Recipe
 from sdlora.storage import remembered_sha256, user_path
 
 FindBase = Callable[[Recipe], BaseSection]

@@ -10,7 +10,7 @@ from typing import Any
 from sdlora.errors import DataError
 from sdlora.families.controls import control_sha256, find_cached_control
 from sdlora.families.sources import is_hub_id
-from sdlora.generation.request import Recipe
+from sdlora.generation.recipe import Recipe
 from sdlora.storage import is_there, sha256_of_file
 
 FindInput = Callable[[str, str], Path]

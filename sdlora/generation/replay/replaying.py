@@ -21,9 +21,10 @@ from sdlora.generation.foreign.recipe import without_choices
 from sdlora.generation.memory import Offload
 from sdlora.generation.pictures.files import Compression, pixel_options, read_recipe
 from sdlora.generation.pictures.texts import SAVED_AS, read_texts
+from sdlora.generation.recipe import Recipe, UsedAdapter
 from sdlora.generation.replay.find_base import FindBase
 from sdlora.generation.replay.find_input import FindInput, input_finder, input_settings
-from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, make_request
+from sdlora.generation.request import AdapterChoice, GenerationRequest, make_request
 from sdlora.storage import user_path
 
 FindAdapter = Callable[[UsedAdapter], Path]

@@ -8,7 +8,8 @@ from pathlib import Path
 from sdlora.errors import ConfigError
 from sdlora.families.samplers.names import DDIM_MOST_STEPS, SAMPLERS
 from sdlora.generation.img2img.source import MAX_SIDE
-from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, UsedHires
+from sdlora.generation.recipe import UsedHires
+from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest
 from sdlora.generation.upscaling.upscaler import check_upscaler
 from sdlora.storage import sha256_while_unchanged, user_path
 

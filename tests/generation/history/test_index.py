@@ -14,7 +14,7 @@ from sdlora.generation.history import index as history_module
 from sdlora.generation.history.index import INDEX_NAME, History, history_of
 from sdlora.generation.history.ratings import RATINGS_NAME
 from sdlora.generation.pictures.files import save_picture
-from sdlora.generation.request import UsedAdapter
+from sdlora.generation.recipe import UsedAdapter
 
 DAY = datetime(2026, 11, 22, 12)
 PICTURE = Image.new("RGB", (8, 8))
@@ -286,7 +286,7 @@ from pathlib import Path
 from PIL import Image
 from sdlora.generation.history.index import History
 from sdlora.generation.pictures.files import save_picture
-from sdlora.generation.request import Recipe
+from sdlora.generation.recipe import Recipe
 folder, text, first = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 history = History(folder)
 for number in range(15):

@@ -13,7 +13,7 @@ from sdlora.generation.engine import Engine
 from sdlora.generation.img2img.inpaint import blurred, canvas_of, filled, latent_mask, masked_box
 from sdlora.generation.img2img.source import read_source
 from sdlora.generation.pictures.infotext import infotext
-from sdlora.generation.request import Recipe
+from sdlora.generation.recipe import Recipe
 from sdlora.storage import sha256_of_file
 
 

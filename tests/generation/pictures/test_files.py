@@ -12,7 +12,7 @@ from sdlora.errors import ConfigError, FormatError, OutputError
 from sdlora.generation.pictures.files import picture_name, read_recipe, save_picture
 from sdlora.generation.pictures.infotext import infotext
 from sdlora.generation.pictures.texts import read_texts
-from sdlora.generation.request import Recipe
+from sdlora.generation.recipe import Recipe
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdlora.generation.pictures.infotext import infotext, parse_infotext
-from sdlora.generation.request import Recipe, UsedAdapter
+from sdlora.generation.recipe import Recipe, UsedAdapter
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 NAME = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)

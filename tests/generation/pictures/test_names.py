@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sdlora.errors import ConfigError
 from sdlora.generation.pictures.names import FIELDS, check_template, picture_path
-from sdlora.generation.request import Recipe, UsedAdapter
+from sdlora.generation.recipe import Recipe, UsedAdapter
 
 WHEN = datetime(2026, 11, 22, 18, 30, 5)
 

@@ -14,10 +14,11 @@ from sdlora.families.detect import detect_base
 from sdlora.families.registry import base_sha256
 from sdlora.generation.engine import Engine
 from sdlora.generation.pictures.files import read_recipe, save_picture
+from sdlora.generation.recipe import Recipe, UsedMask, UsedPicture, UsedStart
 from sdlora.generation.replay.find_base import base_finder
 from sdlora.generation.replay.find_input import input_finder
 from sdlora.generation.replay.replaying import compare, differences, replay, request_of
-from sdlora.generation.request import Recipe, UsedMask, UsedPicture, UsedStart, make_request
+from sdlora.generation.request import make_request
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from sdlora.errors import ConfigError, FormatError
 from sdlora.families.latent import sampler
 from sdlora.generation.engine import Engine
 from sdlora.generation.pictures.infotext import infotext
-from sdlora.generation.request import Recipe, UsedHires, make_request
+from sdlora.generation.recipe import Recipe, UsedHires
+from sdlora.generation.request import make_request
 from sdlora.generation.upscaling.hires import Hires, read_hires
 from sdlora.storage import sha256_of_file
 

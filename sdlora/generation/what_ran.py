@@ -14,7 +14,7 @@ import torch
 from sdlora.families.base import LoadedBase
 from sdlora.families.samplers.make import schedule_of, settings_of
 from sdlora.generation.asked import Asked
-from sdlora.generation.request import Recipe, UsedAdapter
+from sdlora.generation.recipe import Recipe, UsedAdapter
 
 PRECISION_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
