@@ -242,18 +242,19 @@ def _take_control(values: Mapping[str, Any], made: dict[str, Any]) -> None:
 
 
 def _check_name(values: Mapping[str, Any], made: dict[str, Any]) -> None:
-    check_name(values.get("name", ""))
+    if (name := values.get("name", "")) != "":
+        check_name(name)
 
 
 def check_name(name: object) -> None:
-    """Raise ConfigError for what is neither the name of a file nor a template of names; "" is for any."""
+    """Raise ConfigError for what is neither the name of a file nor a template of names."""
     if not isinstance(name, str):
         raise ConfigError(f"name is {name!r}; expected a file's name")
     stem, _ = name_parts(name)
-    if is_template(stem):
+    if is_template(stem) or not name:
         _check_fields(stem)
         return
-    if name and not all(is_file_stem(part) and part.strip(" .") == part for part in stem.split("/")):
+    if not all(is_file_stem(part) and part.strip(" .") == part for part in stem.split("/")):
         raise ConfigError(
             f"name is {name[:80]!r}; expected a file's name of letters, digits, spaces and . _ -, in folders parted by /, or "
             "fields such as {seed}"
