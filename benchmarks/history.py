@@ -25,7 +25,7 @@ from PIL import Image
 
 from sdlora import History, Recipe, save_picture
 from sdlora.generation.history.row import insert, row_of
-from sdlora.generation.request import UsedAdapter
+from sdlora.generation.recipe import UsedAdapter
 
 _WORDS = (
     "red",

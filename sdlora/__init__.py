@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from sdlora.generation.engine import Engine
     from sdlora.generation.foreign.reading import ForeignRecipe, foreign_request, read_foreign
     from sdlora.generation.history.index import History
-    from sdlora.generation.infotext import parse_infotext
-    from sdlora.generation.pictures import read_recipe, save_picture
-    from sdlora.generation.replay import replay
-    from sdlora.generation.request import GenerationRequest, Recipe, make_request
+    from sdlora.generation.pictures.files import read_recipe, save_picture
+    from sdlora.generation.pictures.infotext import parse_infotext
+    from sdlora.generation.recipe import Recipe
+    from sdlora.generation.replay.replaying import replay
+    from sdlora.generation.request import GenerationRequest, make_request
     from sdlora.training.run import RunResult, train
 
 _HOMES = {
@@ -58,7 +59,7 @@ _HOMES = {
     "MergePart": "sdlora.adapters.merge",
     "MergeSettings": "sdlora.adapters.merge",
     "ModelFamily": "sdlora.families.base",
-    "Recipe": "sdlora.generation.request",
+    "Recipe": "sdlora.generation.recipe",
     "RunResult": "sdlora.training.run",
     "SdloraError": "sdlora.errors",
     "StoredBase": "sdlora.families.stored_base",
@@ -77,13 +78,13 @@ _HOMES = {
     "open_base": "sdlora.families.stored_base",
     "open_dataset": "sdlora.data.source",
     "parse_config": "sdlora.config",
-    "parse_infotext": "sdlora.generation.infotext",
+    "parse_infotext": "sdlora.generation.pictures.infotext",
     "read_adapter": "sdlora.adapters.file",
     "read_foreign": "sdlora.generation.foreign.reading",
-    "read_recipe": "sdlora.generation.pictures",
-    "replay": "sdlora.generation.replay",
+    "read_recipe": "sdlora.generation.pictures.files",
+    "replay": "sdlora.generation.replay.replaying",
     "resize": "sdlora.adapters.resize",
-    "save_picture": "sdlora.generation.pictures",
+    "save_picture": "sdlora.generation.pictures.files",
     "train": "sdlora.training.run",
     "write_adapter": "sdlora.adapters.write",
 }

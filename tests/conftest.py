@@ -156,7 +156,7 @@ def make_adapter():
 @pytest.fixture
 def recipe():
     """A recipe with every field filled."""
-    from sdlora.generation.request import Recipe, UsedAdapter
+    from sdlora.generation.recipe import Recipe, UsedAdapter
 
     return Recipe(
         prompt='ein roter Ball, "schön", 猫',

@@ -13,7 +13,7 @@ from trained_kinds import KINDS
 
 from sdlora import BaseSection, Engine, RunResult, TrainConfig, make_request, read_adapter, train
 from sdlora.config import OPTIMIZERS
-from sdlora.generation.noise import cuda_randn
+from sdlora.generation.denoising.noise import cuda_randn
 from sdlora.training.events import read_events
 from sdlora.training.loop import TrainingLoop
 

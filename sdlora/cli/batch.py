@@ -26,7 +26,8 @@ from sdlora.generation.batch.plan import BatchPlan, Picture, in_groups, plan_bat
 from sdlora.generation.batch.ranks import Ranks, deal
 from sdlora.generation.batch.rate import measured_rate
 from sdlora.generation.batch.sheets import Layout, parse_layout, planes, write_contact_sheets, write_grids
-from sdlora.generation.picture_names import FIELDS, FIELDS_OF_THE_MOMENT, check_template
+from sdlora.generation.pictures.files import FileFormat
+from sdlora.generation.pictures.names import FIELDS, FIELDS_OF_THE_MOMENT
 from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable, user_path
 
@@ -40,27 +41,28 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"--batch-size is {options.batch_size}; expected 1 or more")
     if options.measure and not options.dry_run:
         raise ConfigError("--measure belongs to --dry-run, which tells what a batch would take")
+    form = file_format(options)
     ranks = Ranks(on_cpu=options.device == "cpu")
     if ranks.count > 1 and options.device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device is {options.device!r}; launched processes are given a device each, leave it out")
     try:
-        return _run(options, ranks)
+        return _run(options, form, ranks)
     finally:
         ranks.leave()
 
 
-def _run(options: argparse.Namespace, ranks: Ranks) -> int:
+def _run(options: argparse.Namespace, form: FileFormat, ranks: Ranks) -> int:
     folder = user_path(options.out)
     find_adapter = functools.cache(AdapterLibrary(options.library).path_of)
     if options.dry_run:
         if ranks.is_main:
-            _tell(options, _prepare(options, folder, find_adapter), find_adapter)
+            _tell(options, _prepare(options, form, folder, find_adapter), find_adapter)
         return 0
     prepared: Prepared | None = None
 
     def shares() -> list[list[Picture]]:
         nonlocal prepared
-        prepared = _prepare(options, folder, find_adapter)
+        prepared = _prepare(options, form, folder, find_adapter)
         print(_summary(prepared), flush=True)
         return deal(prepared.standing.pending, ranks.count, options.batch_size)
 
@@ -69,7 +71,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> int:
         return 0  # the main process says why, and its status is the launcher's: it ends all when one fails
     try:
         if dealt[ranks.rank]:
-            _make(options, dealt[ranks.rank], folder, ranks, find_adapter)
+            _make(options, dealt[ranks.rank], form, folder, ranks, find_adapter)
         ranks.wait()
     except KeyboardInterrupt:
         if ranks.is_main:
@@ -90,18 +92,17 @@ class Prepared:
     contact: bool
 
 
-def _prepare(options: argparse.Namespace, folder: Path, find_adapter: FindAdapter) -> Prepared:
+def _prepare(options: argparse.Namespace, form: FileFormat, folder: Path, find_adapter: FindAdapter) -> Prepared:
     """Return the batch, everything about it checked. Raises ConfigError with all that is wrong."""
     path = user_path(options.jobs) if options.jobs else None
     grid = [parse_axis(text) for text in options.grid]
     faults = Faults()
     defaults = request_values(options)
     if options.name is not None:
-        check_template(options.name)
         check_name(options.name)
         defaults["name"] = options.name
     jobs = read_jobs(path, defaults, grid, find_adapter, faults)
-    plan = plan_batch(jobs, base_section(options), find_adapter, faults, file_format(options))
+    plan = plan_batch(jobs, base_section(options), find_adapter, faults, form)
     layout = None
     if options.xyz is not None:
         layout = parse_layout(options.xyz, plan.pictures)
@@ -113,7 +114,12 @@ def _prepare(options: argparse.Namespace, folder: Path, find_adapter: FindAdapte
 
 
 def _make(
-    options: argparse.Namespace, pictures: Sequence[Picture], folder: Path, ranks: Ranks, find_adapter: FindAdapter
+    options: argparse.Namespace,
+    pictures: Sequence[Picture],
+    form: FileFormat,
+    folder: Path,
+    ranks: Ranks,
+    find_adapter: FindAdapter,
 ) -> None:
     """This process's share is made."""
     engine = load_engine(options, find_adapter, speak=ranks.is_main)
@@ -127,7 +133,7 @@ def _make(
             batch_size=options.batch_size,
             find_adapter=find_adapter,
             on_batch=view.show,
-            form=file_format(options),
+            form=form,
         )
 
 

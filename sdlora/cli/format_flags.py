@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sdlora.generation.pictures import FORMATS, FileFormat, check_compression
+from sdlora.generation.pictures.files import FORMATS, FileFormat, check_compression
 
 
 def add_format_flags(parser: argparse.ArgumentParser) -> None:

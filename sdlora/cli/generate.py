@@ -13,13 +13,13 @@ from sdlora.cli.format_flags import add_format_flags, file_format
 from sdlora.cli.generate_view import step_bar
 from sdlora.cli.request_flags import add_request_flags, request_values
 from sdlora.errors import ConfigError
-from sdlora.families.registry import declared_prediction
+from sdlora.families.registry import describe_base
 from sdlora.families.schedule import refuse_pure_noise
 from sdlora.generation.asked import check_pictures
 from sdlora.generation.controls import refuse_foreign_controls
 from sdlora.generation.engine import refuse_foreign_adapters
-from sdlora.generation.picture_names import DEFAULT_TEMPLATE, FIELDS, check_template, picture_path
-from sdlora.generation.pictures import FileFormat
+from sdlora.generation.pictures.files import FileFormat
+from sdlora.generation.pictures.names import DEFAULT_TEMPLATE, FIELDS, check_template, picture_path
 from sdlora.generation.request import GenerationRequest
 from sdlora.sharing.library import AdapterLibrary
 from sdlora.storage import check_writable
@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
 def _generate(options: argparse.Namespace, request: GenerationRequest, folder: Path, form: FileFormat) -> int:
     base = base_section(options)
     if request.zero_snr == "on":
-        refuse_pure_noise(declared_prediction(base), base.path)
+        refuse_pure_noise(describe_base(base).prediction, base.path)
     refuse_foreign_adapters(base, [choice.path for choice in request.adapters])
     refuse_foreign_controls(base, request)
     engine = load_engine(options, AdapterLibrary(options.library).path_of)

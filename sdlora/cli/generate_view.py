@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdlora.generation.progress import OnStep, StepProgress
+    from sdlora.generation.denoising.progress import OnStep, StepProgress
 
 
 @contextmanager

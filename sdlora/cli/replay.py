@@ -15,8 +15,8 @@ from sdlora.storage import check_writable, is_there, user_path
 if TYPE_CHECKING:
     from sdlora import BaseSection, GenerationRequest, Recipe
     from sdlora.generation.foreign.reading import ForeignAdapter, ForeignRecipe, ForeignRequest
-    from sdlora.generation.replay import Comparison, Replayed
-    from sdlora.generation.request import UsedAdapter
+    from sdlora.generation.recipe import UsedAdapter
+    from sdlora.generation.replay.replaying import Comparison, Replayed
     from sdlora.sharing.library import AdapterLibrary
 
 
@@ -69,15 +69,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _is_ours(picture: Path) -> bool:
-    from sdlora.generation.picture_texts import RECIPE, read_texts
+    from sdlora.generation.pictures.texts import RECIPE, read_texts
 
     return RECIPE in read_texts(picture).texts
 
 
 def _replay(options: argparse.Namespace, picture: Path) -> int:
     from sdlora import read_recipe, replay
-    from sdlora.generation.find_base import base_finder
-    from sdlora.generation.find_input import input_finder
+    from sdlora.generation.replay.find_base import base_finder
+    from sdlora.generation.replay.find_input import input_finder
 
     recipe = read_recipe(picture)
     _show(recipe)
@@ -227,7 +227,7 @@ def _show_foreign(recipe: ForeignRecipe, asked: ForeignRequest) -> None:
 def _make(options: argparse.Namespace, request: GenerationRequest) -> int:
     from sdlora import Engine, History, save_picture
     from sdlora.generation.engine import refuse_foreign_adapters
-    from sdlora.generation.picture_names import picture_path
+    from sdlora.generation.pictures.names import picture_path
 
     section, folder = _section(options), user_path(options.out or "outputs")
     check_writable(folder)

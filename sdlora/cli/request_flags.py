@@ -9,7 +9,7 @@ from sdlora.cli.picture_flags import add_picture_flags, picture_settings
 from sdlora.cli.sampler_flags import add_sampler_flags, sampler_values
 from sdlora.generation.adapter_text import parse_adapter
 from sdlora.generation.control_text import parse_control
-from sdlora.generation.prompt_plan import Emphases
+from sdlora.generation.prompts.plan import Emphases
 from sdlora.generation.request import GenerationRequest
 
 _SETTINGS = (

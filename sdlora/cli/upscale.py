@@ -13,7 +13,7 @@ from sdlora.storage import atomic_path, check_writable, user_path
 def run(arguments: list[str]) -> int:
     """Make the pictures larger that the command line names; returns the exit status."""
     options = _parser().parse_args(arguments)
-    from sdlora.generation.upscaler_files import check_upscaler
+    from sdlora.generation.upscaling.files import check_upscaler
 
     model, folder = user_path(options.model), user_path(options.out)
     scale = check_upscaler(model).scale
@@ -42,8 +42,8 @@ def _refuse(targets: dict[Path, Path], scale: int) -> None:
 def _upscale(targets: dict[Path, Path], model: Path, device: str | None) -> None:
     from sdlora.data.pictures import read_picture
     from sdlora.families.registry import find_device
-    from sdlora.generation.upscaler import upscale
-    from sdlora.generation.upscaler_files import read_upscaler
+    from sdlora.generation.upscaling.files import read_upscaler
+    from sdlora.generation.upscaling.upscaler import upscale
 
     place, network = find_device(device), read_upscaler(model)
     for number, (picture, target) in enumerate(targets.items(), start=1):

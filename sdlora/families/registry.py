@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -256,37 +257,43 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def section_sha256(section: BaseSection) -> str:
-    """Return the SHA-256 by which recipes know the base that `section` names, without loading it.
+@dataclass(frozen=True)
+class BaseDescription:
+    """What the files of a base say of it, which are read once and not loaded."""
 
-    Raises ModelError or FormatError for anything that is no usable base.
-    """
-    return base_sha256(detect_base(find_base(section), section.variant))
+    section: BaseSection
+    facts: BaseFacts
+
+    @cached_property
+    def sha256(self) -> str:
+        """By which recipes know it."""
+        return base_sha256(self.facts)
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What it predicts; None where nobody says."""
+        return self.facts.prediction if self.section.prediction == "auto" else self.section.prediction
+
+    @cached_property
+    def sampler(self) -> str:
+        """The class of the sampler that it ships with. Raises ModelError where it names none."""
+        return sampler_class(_scheduler_config(self.section, self.facts, stored_weights(self.section, self.facts)))
+
+    @cached_property
+    def side(self) -> int:
+        """Of the pictures that it makes, in pixels."""
+        configs = stored_weights(self.section, self.facts).configs
+        unet, vae = (configs / part / "config.json" for part in ("unet", "vae"))
+        size = read_json(unet).get("sample_size") if unet.is_file() else None
+        if isinstance(size, int) and vae.is_file():
+            factor: int = 2 ** (len(read_json(vae).get("block_out_channels", "1234")) - 1)
+            return size * factor
+        return FAMILIES[self.facts.family.name].resolutions[self.prediction or "epsilon"]
 
 
-def declared_prediction(section: BaseSection) -> Prediction | None:
-    """Return what the base says that it predicts, without loading it; None where it does not say."""
-    if section.prediction != "auto":
-        return section.prediction
-    return detect_base(find_base(section), section.variant).prediction
-
-
-def own_sampler(section: BaseSection) -> str:
-    """Return the class of the sampler that the base ships with, without loading it. Raises ModelError where it names none."""
-    facts = detect_base(find_base(section), section.variant)
-    return sampler_class(_scheduler_config(section, facts, stored_weights(section, facts)))
-
-
-def usual_side(section: BaseSection) -> int:
-    """Return the side in pixels at which the base makes pictures, as its description tells without loading it."""
-    facts = detect_base(find_base(section), section.variant)
-    configs = stored_weights(section, facts).configs
-    unet, vae = (configs / part / "config.json" for part in ("unet", "vae"))
-    size = read_json(unet).get("sample_size") if unet.is_file() else None
-    if isinstance(size, int) and vae.is_file():
-        factor: int = 2 ** (len(read_json(vae).get("block_out_channels", "1234")) - 1)
-        return size * factor
-    return FAMILIES[facts.family.name].resolutions[facts.prediction or "epsilon"]
+def describe_base(section: BaseSection) -> BaseDescription:
+    """Return what the base that `section` names is. Raises ModelError or FormatError for anything that is no usable one."""
+    return BaseDescription(section, detect_base(find_base(section), section.variant))
 
 
 def base_sha256(facts: BaseFacts) -> str:

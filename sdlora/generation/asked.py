@@ -11,12 +11,12 @@ from sdlora.config import validated
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase
 from sdlora.generation.controls import AskedControl, read_controls
-from sdlora.generation.hires import Hires, read_hires
-from sdlora.generation.prompt_plan import PicturePrompts, PromptPlan, picture_prompts, plan_prompt
+from sdlora.generation.img2img.source import Source, read_source, work_size
 from sdlora.generation.prompts import Tag, parse_tags
+from sdlora.generation.prompts.plan import PicturePrompts, PromptPlan, picture_prompts, plan_prompt
+from sdlora.generation.prompts.wildcards import NO_WILDCARDS, Wildcards, read_wildcards
 from sdlora.generation.request import AdapterChoice, GenerationRequest
-from sdlora.generation.source import Source, read_source, work_size
-from sdlora.generation.wildcards import NO_WILDCARDS, Wildcards, read_wildcards
+from sdlora.generation.upscaling.hires import Hires, read_hires
 from sdlora.storage import user_path
 
 FindAdapter = Callable[[str], Path]

@@ -12,10 +12,11 @@ from sdlora.families.base import LoadedBase
 from sdlora.families.prompts import chunk_count
 from sdlora.families.words import knowing
 from sdlora.generation.asked import Asked
-from sdlora.generation.hires import Hires
-from sdlora.generation.prompt_plan import Emphases
-from sdlora.generation.request import AdapterChoice, GenerationRequest, NoiseSource, Recipe
+from sdlora.generation.prompts.plan import Emphases
+from sdlora.generation.recipe import Recipe
+from sdlora.generation.request import AdapterChoice, GenerationRequest, NoiseSource
 from sdlora.generation.resident import Acting
+from sdlora.generation.upscaling.hires import Hires
 
 P = TypeVar("P")
 Made = tuple[int, Image.Image, Recipe]

@@ -16,10 +16,11 @@ from sdlora.families.control_weights import load_control
 from sdlora.families.controls import ControlFacts, find_control, refuse_control_of_another_family
 from sdlora.families.detect import family_of
 from sdlora.families.sources import find_base
-from sdlora.generation.besides import Control
-from sdlora.generation.inpaint import Canvas
-from sdlora.generation.request import ControlChoice, GenerationRequest, ResizeMode, UsedControl
-from sdlora.generation.source import fitted, upright_picture, used_picture
+from sdlora.generation.denoising.besides import Control
+from sdlora.generation.img2img.inpaint import Canvas
+from sdlora.generation.img2img.source import fitted, upright_picture, used_picture
+from sdlora.generation.recipe import UsedControl
+from sdlora.generation.request import ControlChoice, GenerationRequest, ResizeMode
 
 
 @dataclass(frozen=True)

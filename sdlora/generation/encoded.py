@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sdlora.families.base import Conditioning, LoadedBase, PromptStyle
-from sdlora.generation.prompt_plan import PromptPlan, Spelling
+from sdlora.generation.prompts.plan import PromptPlan, Spelling
 from sdlora.generation.resident import Acting, ResidentAdapters
 
 

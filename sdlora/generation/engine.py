@@ -18,11 +18,12 @@ from sdlora.families.detect import family_of
 from sdlora.families.sources import find_base
 from sdlora.generation.asked import Asked, FindAdapter, asked_pictures, read_folder
 from sdlora.generation.batches import Made, in_order, regrouped, split_alike
+from sdlora.generation.denoising.preview import latent_colours
+from sdlora.generation.denoising.progress import OnStep, ShouldStop, StepProgress, Watch
 from sdlora.generation.memory import CompiledUnet, Offload, Placement, lay_channels_last, load_for
-from sdlora.generation.preview import latent_colours
-from sdlora.generation.progress import OnStep, ShouldStop, StepProgress, Watch
+from sdlora.generation.recipe import Recipe
 from sdlora.generation.render import Renderer
-from sdlora.generation.request import GenerationRequest, Recipe
+from sdlora.generation.request import GenerationRequest
 from sdlora.generation.resident import ResidentAdapters
 
 __all__ = ["Engine", "OnStep", "StepProgress", "refuse_foreign_adapters"]

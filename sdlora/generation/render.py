@@ -17,20 +17,21 @@ from sdlora.families.samplers.make import make_sampler
 from sdlora.families.samplers.partway import last_steps, levels_fall
 from sdlora.generation.asked import Asked
 from sdlora.generation.batches import wants_zero_snr
-from sdlora.generation.besides import Besides
 from sdlora.generation.controls import ResidentControls, controls_at_work
-from sdlora.generation.denoise import AfterStep, Course, Guidance, PromptRows, denoise
+from sdlora.generation.denoising.besides import Besides
+from sdlora.generation.denoising.loop import AfterStep, Course, Guidance, PromptRows, denoise
+from sdlora.generation.denoising.noise import drawing_noise, noise_generators
+from sdlora.generation.denoising.start import Start
 from sdlora.generation.encoded import EncodedPrompts
-from sdlora.generation.inpaint import Canvas, canvas_of
+from sdlora.generation.img2img.inpaint import Canvas, canvas_of
+from sdlora.generation.img2img.latents import masked_pictures, picture_of, start_at, steps_run
 from sdlora.generation.memory import CompiledUnet, Placement
-from sdlora.generation.noise import drawing_noise, noise_generators
-from sdlora.generation.prompt_plan import encoder_emphasis
-from sdlora.generation.recipes import PRECISION_NAMES, recipe_of
-from sdlora.generation.request import Recipe
+from sdlora.generation.prompts.plan import encoder_emphasis
+from sdlora.generation.recipe import Recipe
 from sdlora.generation.resident import Acting, ResidentAdapters
-from sdlora.generation.second_pass import AtTheEnd, second_start
-from sdlora.generation.start import Start, masked_pictures, picture_of, start_at, steps_run
+from sdlora.generation.upscaling.second_pass import AtTheEnd, second_start
 from sdlora.generation.vae import Vae
+from sdlora.generation.what_ran import PRECISION_NAMES, recipe_of
 
 
 class Renderer:

@@ -1,19 +1,16 @@
-"""`GenerationRequest`: what was asked. `Recipe`: what ran."""
+"""`GenerationRequest`: what was asked."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sdlora.adapters.blocks import parse_block_weights
 from sdlora.config import Section, validated
-from sdlora.errors import FormatError
 from sdlora.families.samplers.names import DDIM_MOST_STEPS, SAMPLERS, sampler_and_schedule
-from sdlora.generation.prompt_plan import Emphases
+from sdlora.generation.prompts.plan import Emphases
 from sdlora.generation.step_weights import parse_step_weights
 
 SEED_LIMIT = 2**32
@@ -29,18 +26,27 @@ MaskedContent = Literal["original", "fill", "latent noise", "latent nothing"]
 LATENT_UPSCALERS = ("latent", "latent (nearest-exact)", "latent (bicubic)")
 PIXEL_UPSCALERS = ("lanczos", "nearest")
 Tiling = Literal["auto", "on", "off"]
-_IDLE_WITHOUT = {
-    "image": ("strength", "resize"),
-    "mask": ("mask_blur", "inpaint_area", "masked_padding", "masked_content"),
-    "inpaint_area": ("masked_padding",),
-    "hires_scale": ("hires_steps", "hires_strength", "hires_upscaler"),
-}
-"""{setting: those that do nothing where it is left out}."""
-_MAYBE_IDLE = frozenset(name for names in _IDLE_WITHOUT.values() for name in names)
-_NEEDED = {"inpaint_area": "inpaint_area 'only masked'"}
-"""What is to be given of a setting of which not any value will do."""
-_ALSO_WITH = {"resize": "control"}
-"""{one of those: what else it belongs to}."""
+
+
+class Need(NamedTuple):
+    """Settings that do nothing where none of the others is there."""
+
+    settings: tuple[str, ...]
+    others: tuple[str, ...]
+    value: str = ""
+    """Of the first of the others, where not any will do."""
+
+    def __str__(self) -> str:
+        return f"{self.others[0]} {self.value!r}" if self.value else self.others[0]
+
+
+_NEEDS = (
+    Need(("strength",), ("image",)),
+    Need(("resize",), ("image", "control")),
+    Need(("mask_blur", "inpaint_area", "masked_padding", "masked_content"), ("mask",)),
+    Need(("masked_padding",), ("inpaint_area",), "only masked"),
+    Need(("hires_steps", "hires_strength", "hires_upscaler"), ("hires_scale",)),
+)
 
 
 class AdapterChoice(Section):
@@ -174,13 +180,15 @@ class GenerationRequest(Section):
     @model_validator(mode="after")
     def _nothing_idle(self) -> GenerationRequest:
         """Refuse what does nothing, but where the setting that it belongs to says so itself, as `hires_scale = 1`."""
-        idle = idle_settings(self.model_dump(exclude_defaults=True))
-        told = [
-            f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} nothing without {_NEEDED.get(needed, needed)}"
-            for needed, names in idle.items()
-            if needed not in self.model_fields_set
-        ]
-        if told:
+        idle: dict[str, list[str]] = {}
+        for name, need in idle_settings(self.model_dump(exclude_defaults=True)).items():
+            if need.others[0] not in self.model_fields_set:
+                idle.setdefault(str(need), []).append(name)
+        if idle:
+            told = [
+                f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} nothing without {needed}"
+                for needed, names in idle.items()
+            ]
             raise ValueError(f"{', '.join(told)}; give that too, or leave it out")
         return self
 
@@ -238,180 +246,15 @@ class GenerationRequest(Section):
         return adapters
 
 
-def idle_settings(values: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return {setting: those of the values that do nothing, since it is not among them}, each once."""
-    if _MAYBE_IDLE.isdisjoint(values):
-        return {}
-    found: dict[str, list[str]] = {}
-    idle: set[str] = set()
-    for needed, names in _IDLE_WITHOUT.items():
-        if needed not in values:
-            found[needed] = [
-                name for name in names if name in values and name not in idle and _ALSO_WITH.get(name) not in values
-            ]
-            idle.update(found[needed])
-    return {needed: names for needed, names in found.items() if names}
+def idle_settings(given: Collection[str]) -> dict[str, Need]:
+    """Return the given settings that do nothing, each with what it needs first."""
+    found: dict[str, Need] = {}
+    for need in _NEEDS:
+        if not any(name in given for name in need.others):
+            found |= {name: need for name in need.settings if name in given and name not in found}
+    return found
 
 
 def make_request(**values: Any) -> GenerationRequest:
     """Return the checked request. Raises one ConfigError for everything that is wrong."""
     return validated(GenerationRequest, values, "request")
-
-
-@dataclass(frozen=True)
-class UsedAdapter:
-    """An adapter as it acted: its file's name and SHA-256, its tensors' SHA-256, its weight."""
-
-    name: str
-    sha256: str
-    tensor_sha256: str
-    weight: float
-    words: dict[str, str] = field(default_factory=dict)
-    """{new word that came with it: SHA-256 of its vectors}, wherever these were."""
-    embedding: bool = False
-    """Whether it is nothing but new words."""
-    text_encoder_weight: float | None = None
-    """Its weight in the text encoders, where that is another one."""
-    blocks: str = ""
-    """What its weight was multiplied by in each block, as it was asked for."""
-    steps: str = ""
-    """When it acted, as it was asked for."""
-
-
-@dataclass(frozen=True)
-class UsedPicture:
-    """A picture that another was made from: its file's name and SHA-256."""
-
-    name: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class UsedMask:
-    """What was painted anew."""
-
-    picture: UsedPicture
-    blur: float
-    area: str
-    padding: int
-    content: str
-
-
-@dataclass(frozen=True)
-class UsedStart:
-    """The picture that denoising began with."""
-
-    picture: UsedPicture
-    strength: float
-    resize: str
-    mask: UsedMask | None = None
-
-
-@dataclass(frozen=True)
-class UsedControl:
-    """A ControlNet as it acted: its name and SHA-256, its map, how strongly and when."""
-
-    model: str
-    """Its Hub id, or its file's or folder's name."""
-    sha256: str
-    picture: UsedPicture
-    strength: float
-    start: float
-    end: float
-    resize: str
-
-
-@dataclass(frozen=True)
-class UsedHires:
-    """The second pass, in which the picture was made larger."""
-
-    scale: float
-    steps: int
-    strength: float
-    upscaler: str
-    """A name, or of a file its stem."""
-    upscaler_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that made one picture. On the same device and versions it makes the same pixels again."""
-
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    guidance_scale: float
-    width: int
-    height: int
-    base: str
-    base_family: str
-    base_sha256: str
-    adapters: tuple[UsedAdapter, ...]
-    scheduler: str
-    scheduler_config: dict[str, Any]
-    noise_device: str
-    """As which device noise was drawn, wherever that was done: cpu or cuda."""
-    precision: str
-    device: str
-    versions: dict[str, str]
-    quantize: str = "none"
-    emphasis: str = "none"
-    """Of recipes that say nothing of it: before there was a prompt language, brackets were text."""
-    clip_skip: int = 1
-    template: str = ""
-    """The prompt before its choices were made, where it had some."""
-    negative_template: str = ""
-    start: UsedStart | None = None
-    """None: pure noise."""
-    controls: tuple[UsedControl, ...] = ()
-    hires: UsedHires | None = None
-    """None: no second pass; else width and height are those of the first."""
-    vae_tiling: bool = False
-    """Whether the VAE worked in tiles."""
-    notes: tuple[str, ...] = ()
-    """What should be known of how it came out, a sentence each."""
-    sampler: str = ""
-    """As people call it; "": the base's own."""
-    schedule: str = ""
-    guidance_rescale: float = 0.0
-    zero_snr: ZeroSnr = "auto"
-    """What was asked for; `scheduler_config` tells what ran."""
-
-    def to_json(self) -> str:
-        """Return the recipe as JSON text."""
-        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
-
-    @staticmethod
-    def from_json(text: str) -> Recipe:
-        """Return the recipe that `to_json` wrote. Raises FormatError for anything else."""
-        try:
-            values = json.loads(text)
-            recipe = _RECIPE.validate_python(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise FormatError(f"not a recipe of sdlora ({where}: {first['msg'].lower()})") from error
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"not a recipe of sdlora ({error})") from error
-        newer = _unknown(values, asdict(recipe))
-        if newer:
-            raise FormatError(
-                f"this recipe, of sdlora {recipe.versions.get('sdlora', 'unknown')[:40]}, says {min(newer)[:40]!r}, which "
-                "this version does not know; use that version or a newer one"
-            )
-        return recipe
-
-
-_RECIPE = TypeAdapter(Recipe)
-
-
-def _unknown(values: Any, known: Any) -> set[str]:
-    """Return the keys of a recipe, also within it, that what was understood of it does not have."""
-    if isinstance(known, Mapping) and isinstance(values, Mapping):
-        return set(values.keys() - known.keys()).union(
-            *(_unknown(values[key], known[key]) for key in values.keys() & known)
-        )
-    if isinstance(known, tuple):
-        return set().union(*map(_unknown, values, known))
-    return set()

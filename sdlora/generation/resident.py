@@ -18,7 +18,8 @@ from sdlora.adapters.stored import adapter_hashes
 from sdlora.errors import ConfigError, FormatError
 from sdlora.families.base import LoadedBase, Words
 from sdlora.families.words import check_words, knowing, same_word
-from sdlora.generation.request import AdapterChoice, UsedAdapter
+from sdlora.generation.recipe import UsedAdapter
+from sdlora.generation.request import AdapterChoice
 from sdlora.generation.step_weights import StepWeights, parse_step_weights
 
 _ZERO_SNR = "ss_zero_terminal_snr"

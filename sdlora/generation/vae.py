@@ -9,8 +9,8 @@ import torch
 
 from sdlora.errors import GenerationError
 from sdlora.families.base import LoadedBase
-from sdlora.generation.recipes import PRECISION_NAMES
 from sdlora.generation.request import Tiling
+from sdlora.generation.what_ran import PRECISION_NAMES
 
 _TILED_ABOVE_PIXELS = 1536 * 1536
 _FLAT = 1e-3

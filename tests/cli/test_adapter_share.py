@@ -12,8 +12,8 @@ from sdlora.cli import adapter
 from sdlora.cli.adapter_share import parse_sample
 from sdlora.cli.main import main
 from sdlora.errors import ConfigError, FormatError
-from sdlora.generation.pictures import read_recipe
-from sdlora.generation.pictures import save_picture as save_with_recipe
+from sdlora.generation.pictures.files import read_recipe
+from sdlora.generation.pictures.files import save_picture as save_with_recipe
 
 
 @pytest.fixture

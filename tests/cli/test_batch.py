@@ -14,7 +14,7 @@ from PIL import Image
 
 from sdlora.adapters.write import write_adapter
 from sdlora.cli.main import COMMANDS, main
-from sdlora.generation.pictures import read_recipe
+from sdlora.generation.pictures.files import read_recipe
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ import pytest
 
 from sdlora.cli import main as cli
 from sdlora.families.samplers.names import SAMPLERS, SCHEDULES
-from sdlora.generation.pictures import read_recipe
+from sdlora.generation.pictures.files import read_recipe
 
 
 def test_the_samplers_are_listed_without_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:

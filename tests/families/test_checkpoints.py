@@ -16,7 +16,7 @@ from sdlora.assets import TINY_SD
 from sdlora.config import BaseSection
 from sdlora.families.detect import detect_base
 from sdlora.families.inspect import inspect_base
-from sdlora.families.registry import load_base
+from sdlora.families.registry import describe_base, load_base
 from sdlora.families.tiny import tiny_pipeline
 from sdlora.generation.engine import Engine
 from sdlora.generation.request import make_request
@@ -175,6 +175,22 @@ def test_it_is_measured_when_the_unet_comes_though_the_encoders_are_gone(trained
     base.drop_encoders()
     base.fetch_unet()
     assert base.notes == ("the base does not say what it predicts; measured: epsilon",)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "settings", "prediction", "side"),
+    [
+        ({"modelspec.prediction_type": "v"}, {}, "v", 768),
+        ({"modelspec.prediction_type": "v"}, {"prediction": "epsilon"}, "epsilon", 512),
+        ({}, {"prediction": "v"}, "v", 768),
+        ({}, {}, None, 512),
+    ],
+)
+def test_a_description_follows_what_the_user_says_of_the_prediction(tmp_path, metadata, settings, prediction, side):
+    path = tmp_path / "a.safetensors"
+    ldm_layout.write_checkpoint(tiny_pipeline("sd2"), path, metadata=metadata)
+    described = describe_base(BaseSection(path=str(path), **settings))
+    assert (described.prediction, described.side, described.sampler) == (prediction, side, "PNDMScheduler")
 
 
 def test_where_the_size_of_pictures_hangs_on_it_it_is_measured_at_once(tmp_path, tiny_folder):

@@ -24,11 +24,11 @@ from sdlora.errors import ConfigError, DataError, ModelError
 from sdlora.families.controls import find_control
 from sdlora.generation.controls import refuse_foreign_controls
 from sdlora.generation.engine import Engine
-from sdlora.generation.find_base import base_finder
-from sdlora.generation.infotext import infotext, parse_infotext
 from sdlora.generation.memory import Placement
-from sdlora.generation.pictures import save_picture
-from sdlora.generation.replay import replay
+from sdlora.generation.pictures.files import save_picture
+from sdlora.generation.pictures.infotext import infotext, parse_infotext
+from sdlora.generation.replay.find_base import base_finder
+from sdlora.generation.replay.replaying import replay
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from sdlora.errors import ConfigError, FormatError, GenerationCancelled, Generat
 from sdlora.families.base import Conditioning, PictureSize
 from sdlora.generation import resident
 from sdlora.generation.engine import Engine, refuse_foreign_adapters
-from sdlora.generation.pictures import read_recipe, save_picture
+from sdlora.generation.pictures.files import read_recipe, save_picture
 from sdlora.storage import sha256_of_file, sha256_of_tensor_data
 
 

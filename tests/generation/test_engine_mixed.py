@@ -12,7 +12,7 @@ from sdlora.adapters.live import base_weight
 from sdlora.adapters.write import write_adapter
 from sdlora.errors import ConfigError, GenerationCancelled, GenerationError, SdloraError
 from sdlora.generation.engine import Engine
-from sdlora.generation.pictures import infotext
+from sdlora.generation.pictures.infotext import infotext
 
 TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 CONV = "unet.up_blocks.0.resnets.0.conv1"

@@ -15,7 +15,7 @@ from sdlora.errors import ConfigError, FormatError
 from sdlora.families.base import PictureSize
 from sdlora.families.latent import sampler as sampler_of
 from sdlora.generation.engine import Engine
-from sdlora.generation.pictures import infotext
+from sdlora.generation.pictures.infotext import infotext
 
 STEPS = 4
 

@@ -16,10 +16,10 @@ from sdlora.config import BaseSection
 from sdlora.errors import ConfigError
 from sdlora.families.registry import load_base
 from sdlora.families.samplers.names import SAMPLERS
-from sdlora.generation.denoise import rescale
+from sdlora.generation.denoising.loop import rescale
+from sdlora.generation.denoising.noise import CudaGenerator, cuda_randn, drawing_noise
 from sdlora.generation.engine import Engine
-from sdlora.generation.noise import CudaGenerator, cuda_randn, drawing_noise
-from sdlora.generation.pictures import infotext
+from sdlora.generation.pictures.infotext import infotext
 
 STEPS = 4
 LINSPACE = {"timestep_spacing": "linspace"}

@@ -15,7 +15,7 @@ from sdlora.cli.train import make_previews
 from sdlora.errors import GenerationCancelled
 from sdlora.families.schedule import rescale_to_zero_snr
 from sdlora.generation.engine import Engine
-from sdlora.generation.pictures import read_recipe
+from sdlora.generation.pictures.files import read_recipe
 
 RESCALED = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 predicts_v = pytest.mark.parametrize("shape", ["sd2"])

@@ -16,7 +16,7 @@ from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, FormatError, GenerationCancelled, ModelError
 from sdlora.generation import resident
 from sdlora.generation.engine import Engine, refuse_foreign_adapters
-from sdlora.generation.pictures import read_recipe, save_picture
+from sdlora.generation.pictures.files import read_recipe, save_picture
 from sdlora.storage import sha256_of_file, sha256_of_tensor_data
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from sdlora.errors import ConfigError, FormatError
-from sdlora.generation.request import SEED_LIMIT, Recipe, make_request
+from sdlora.errors import ConfigError
+from sdlora.generation.request import SEED_LIMIT, make_request
 
 
 def test_defaults():
@@ -80,22 +80,3 @@ def test_all_problems_come_at_once():
         make_request(prompt="x", guidance_rescale=2, sampler="foo", steps=0)
     with pytest.raises(ConfigError, match=r"seed is -1.*; steps is 0"):
         make_request(prompt="x", seed=-1, steps=0)
-
-
-def test_a_recipe_comes_back_from_its_json(recipe):
-    assert Recipe.from_json(recipe.to_json()) == recipe
-    assert Recipe.from_json(recipe.to_json()).to_json() == recipe.to_json()
-
-
-@pytest.mark.parametrize(
-    "text", ["", "null", "[]", "{}", "hello", '{"adapters": 5}', '{"adapters": ["x"]}', "[" * 100_000]
-)
-def test_what_is_no_recipe_is_refused(text):
-    with pytest.raises(FormatError, match="not a recipe of sdlora"):
-        Recipe.from_json(text)
-
-
-def test_a_recipe_that_is_cut_off_or_lacks_a_key_is_refused(recipe):
-    for text in (recipe.to_json()[:-9], recipe.to_json().replace('"seed"', '"sed"')):
-        with pytest.raises(FormatError, match="not a recipe of sdlora"):
-            Recipe.from_json(text)

@@ -15,7 +15,7 @@ from sdlora.cli.train import make_class_pictures
 from sdlora.data.cache_folder import data_cache
 from sdlora.data.store import Together
 from sdlora.errors import ConfigError, DataError
-from sdlora.generation.pictures import read_recipe
+from sdlora.generation.pictures.files import read_recipe
 from sdlora.training.material import Material, open_data, possible_texts, prepare_material
 
 

@@ -15,8 +15,8 @@ from sdlora.config.section import is_file_stem
 from sdlora.errors import ConfigError
 from sdlora.generation.adapter_text import parse_adapters
 from sdlora.generation.control_text import split_control
-from sdlora.generation.picture_names import FIELDS_OF_THE_MOMENT, template_fields
-from sdlora.generation.pictures import SUFFIXES
+from sdlora.generation.pictures.files import SUFFIXES
+from sdlora.generation.pictures.names import FIELDS_OF_THE_MOMENT, template_fields
 from sdlora.generation.request import LATENT_UPSCALERS, PIXEL_UPSCALERS, GenerationRequest, idle_settings
 from sdlora.storage import is_there, user_path
 
@@ -160,7 +160,7 @@ def _idle(values: Mapping[str, Any], defaults: Collection[str]) -> set[str]:
     if not values.get("adapters"):
         idle.add("weight")
     left = {name: value for name, value in values.items() if name not in idle.intersection(defaults)}
-    idle.update(name for names in idle_settings(left).values() for name in names)
+    idle.update(idle_settings(left))
     return idle.intersection(defaults, values)
 
 
@@ -242,18 +242,19 @@ def _take_control(values: Mapping[str, Any], made: dict[str, Any]) -> None:
 
 
 def _check_name(values: Mapping[str, Any], made: dict[str, Any]) -> None:
-    check_name(values.get("name", ""))
+    if (name := values.get("name", "")) != "":
+        check_name(name)
 
 
 def check_name(name: object) -> None:
-    """Raise ConfigError for what is neither the name of a file nor a template of names; "" is for any."""
+    """Raise ConfigError for what is neither the name of a file nor a template of names."""
     if not isinstance(name, str):
         raise ConfigError(f"name is {name!r}; expected a file's name")
     stem, _ = name_parts(name)
-    if is_template(stem):
+    if is_template(stem) or not name:
         _check_fields(stem)
         return
-    if name and not all(is_file_stem(part) and part.strip(" .") == part for part in stem.split("/")):
+    if not all(is_file_stem(part) and part.strip(" .") == part for part in stem.split("/")):
         raise ConfigError(
             f"name is {name[:80]!r}; expected a file's name of letters, digits, spaces and . _ -, in folders parted by /, or "
             "fields such as {seed}"

@@ -34,8 +34,8 @@ from sdlora.generation.batch.plan import (
 )
 from sdlora.generation.batches import Likeness, likeness
 from sdlora.generation.engine import Engine
-from sdlora.generation.pictures import PNG, SUFFIXES, FileFormat, read_recipe, save_picture
-from sdlora.generation.request import Recipe
+from sdlora.generation.pictures.files import PNG, SUFFIXES, FileFormat, read_recipe, save_picture
+from sdlora.generation.recipe import Recipe
 
 _LEFT_BEHIND_SECONDS = 60.0
 _OF_A_PICTURE = (GenerationError, FormatError, ModelError, ConfigError, DataError)

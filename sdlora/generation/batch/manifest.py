@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.errors import OutputError
-from sdlora.generation.request import Recipe
+from sdlora.generation.recipe import Recipe
 
 NAME = "manifest.jsonl"
 _PARTS = "manifest.rank*.jsonl"

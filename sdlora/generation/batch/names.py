@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sdlora.config import BaseSection
 from sdlora.errors import ConfigError
-from sdlora.families.registry import own_sampler
+from sdlora.families.registry import BaseDescription
 from sdlora.generation.asked import Asked
 from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.job_fields import is_template, name_parts, refuse_sheets
 from sdlora.generation.batch.jobs import Job
-from sdlora.generation.picture_names import NameFields, filled_path
-from sdlora.generation.pictures import FORMATS, SUFFIXES
+from sdlora.generation.pictures.files import FORMATS, SUFFIXES
+from sdlora.generation.pictures.names import NameFields, filled_path
 from sdlora.storage import past_devices
 
 _ID_DIGITS = 8
@@ -34,9 +32,9 @@ class _Wanted:
 class FileNames:
     """Gives the pictures of a batch their files, those with one identity the first one's."""
 
-    def __init__(self, base: BaseSection, suffix: str) -> None:
-        self._base_name = Path(base.path).name.removesuffix(".safetensors")
-        self._own_sampler = functools.cache(lambda: own_sampler(base))
+    def __init__(self, base: BaseDescription, suffix: str) -> None:
+        self._base_name = Path(base.section.path).name.removesuffix(".safetensors")
+        self._base = base
         self._suffix = suffix
         self._wanted: dict[str, _Wanted] = {}
 
@@ -72,7 +70,7 @@ class FileNames:
             seed=asked.seed,
             prompt=asked.texts.prompt,
             steps=request.steps,
-            sampler=request.sampler or self._own_sampler(),
+            sampler=request.sampler or self._base.sampler,
             base=self._base_name,
             adapters=[Path(choice.path).stem for choice in asked.adapters],
             width=size[0],

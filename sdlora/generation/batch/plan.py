@@ -16,11 +16,8 @@ from sdlora.adapters.fit import refuse_other_family
 from sdlora.adapters.stored import adapter_hashes
 from sdlora.config import BaseSection
 from sdlora.families.controls import refuse_control_of_another_family
-from sdlora.families.detect import family_of
-from sdlora.families.registry import declared_prediction, section_sha256, usual_side
+from sdlora.families.registry import BaseDescription, describe_base
 from sdlora.families.schedule import refuse_pure_noise
-from sdlora.families.sources import find_base
-from sdlora.families.traits import FamilyTraits
 from sdlora.generation.asked import Asked, FindAdapter, asked_pictures, read_folder
 from sdlora.generation.batch.faults import Faults
 from sdlora.generation.batch.grid import Point
@@ -29,9 +26,10 @@ from sdlora.generation.batch.jobs import Job
 from sdlora.generation.batch.names import FileNames
 from sdlora.generation.batches import neighbours
 from sdlora.generation.controls import AskedControl
-from sdlora.generation.pictures import PNG, FileFormat
-from sdlora.generation.request import AdapterChoice, GenerationRequest, Recipe, UsedAdapter, idle_settings
-from sdlora.generation.source import work_size
+from sdlora.generation.img2img.source import work_size
+from sdlora.generation.pictures.files import PNG, FileFormat
+from sdlora.generation.recipe import Recipe, UsedAdapter
+from sdlora.generation.request import AdapterChoice, GenerationRequest, idle_settings
 from sdlora.storage import sha256_while_unchanged, user_path
 
 _NOT_THE_PICTURES = ("prompt", "negative_prompt", "seed", "count", "wildcards", "adapters")
@@ -89,8 +87,8 @@ def plan_batch(
     have or that end as another format, and schedules that the base cannot begin, and for the `faults` that were found before;
     ModelError where the base is none.
     """
-    family = family_of(find_base(base))
-    planner = _Planner(base, family, find_adapter, form)
+    described = describe_base(base)
+    planner = _Planner(described, find_adapter, form)
     faults = faults or Faults()
     pictures: list[Picture] = []
     for job in jobs:
@@ -100,31 +98,26 @@ def plan_batch(
     files = planner.names.settled(faults)
     faults.raise_all("the jobs")
     placed = (replace(picture, file=files[picture.identity]) for picture in pictures)
-    return BatchPlan(base, planner.base_sha256, tuple(placed))
+    return BatchPlan(base, described.sha256, tuple(placed))
 
 
 class _Planner:
     """Knows what all pictures of a batch share, each file read once."""
 
-    def __init__(
-        self, base: BaseSection, family: FamilyTraits, find_adapter: FindAdapter | None, form: FileFormat
-    ) -> None:
-        self.base_sha256 = section_sha256(base)
-        self.side = usual_side(base)
-        self._predicts = declared_prediction(base)
+    def __init__(self, base: BaseDescription, find_adapter: FindAdapter | None, form: FileFormat) -> None:
+        self._base = base
         self.read = functools.cache(read_folder)
         self._find_adapter = find_adapter
-        self._base_name = base.path
+        self._base_name = base.section.path
         self._form = form
         self.names = FileNames(base, form.suffix)
-        self._family = family
-        self._shared = {"base": self.base_sha256, **{name: getattr(base, name) for name in _BASE_SETTINGS}}
+        self._shared = {"base": base.sha256, **{name: getattr(base.section, name) for name in _BASE_SETTINGS}}
         self._hash_of = functools.cache(self._checked_hash)
 
     def picture(self, job: Job, asked: Asked, number: int) -> Picture:
         """Return the picture that was asked for, whose file is known when all are. Raises as `plan_batch` does."""
         if job.request.zero_snr == "on":
-            refuse_pure_noise(self._predicts, self._base_name)
+            refuse_pure_noise(self._base.prediction, self._base_name)
         made_of = {
             **self._shared,
             **self._settings(job.request),
@@ -138,7 +131,7 @@ class _Planner:
         }
         identity = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         single = job.request.model_copy(update={"seed": asked.seed, "count": 1})
-        first = work_size(asked.request, asked.source.size if asked.source else None, self.side)
+        first = work_size(asked.request, asked.source.size if asked.source else None, self._base.side)
         work, pixels = _work(asked, first)
         self.names.add(job, asked, identity, number, first)
         return Picture(identity, "", single, job.where, job.point, work * (2 if asked.guided else 1), pixels)
@@ -146,13 +139,13 @@ class _Planner:
     def _settings(self, request: GenerationRequest) -> Mapping[str, Any]:
         """Return the settings that are not as they are unsaid, so that a setting of a later version changes no identity."""
         given = request.model_dump(exclude_defaults=True, exclude=set(_NOT_THE_PICTURES))
-        idle = {name for names in idle_settings(given).values() for name in names}
+        idle = idle_settings(given).keys()
         values = {name: value for name, value in given.items() if name not in idle}
         return {**values, **{name: sha256_while_unchanged(user_path(file)) for name, file in files_of(values).items()}}
 
     def _control(self, control: AskedControl) -> list[Any]:
         """Return what a ControlNet does. Raises ModelError where it is none for this base."""
-        refuse_control_of_another_family(control.facts, self._family, self._base_name)
+        refuse_control_of_another_family(control.facts, self._base.facts.family, self._base_name)
         used = control.used
         return [used.sha256, used.picture.sha256, used.strength, used.start, used.end]
 
@@ -163,7 +156,7 @@ class _Planner:
 
     def _checked_hash(self, path: str) -> str:
         """Return the SHA-256 of an adapter's file. Raises FormatError or ModelError where it is none for this base."""
-        refuse_other_family(adapter_family(path), self._family, self._base_name)
+        refuse_other_family(adapter_family(path), self._base.facts.family, self._base_name)
         return adapter_hashes(user_path(path))[0]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from sdlora.errors import FormatError
 from sdlora.generation.foreign.recipe import ForeignAdapter, ForeignRecipe, as_integer, as_number, without_choices
-from sdlora.generation.infotext import Infotext, parse_infotext
+from sdlora.generation.pictures.infotext import Infotext, parse_infotext
+from sdlora.generation.pictures.start_fields import UPSCALERS
 from sdlora.generation.prompts import parse_tags
-from sdlora.generation.start_fields import UPSCALERS
 
 _SCHEDULES = ("Karras", "Exponential", "Polyexponential", "SGM Uniform", "Uniform", "Beta", "Normal", "Simple")
 """What old versions wrote behind the sampler's name."""

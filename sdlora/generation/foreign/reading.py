@@ -13,7 +13,7 @@ from sdlora.generation.foreign.comfy import foreign_comfy
 from sdlora.generation.foreign.others import foreign_invoke, foreign_novel
 from sdlora.generation.foreign.recipe import ForeignAdapter, ForeignRecipe, parse_object
 from sdlora.generation.foreign.stealth import hidden_text
-from sdlora.generation.picture_texts import INFOTEXT, PictureTexts, read_texts
+from sdlora.generation.pictures.texts import INFOTEXT, PictureTexts, read_texts
 from sdlora.generation.request import GenerationRequest, make_request
 
 __all__ = ["ForeignAdapter", "ForeignRecipe", "ForeignRequest", "foreign_request", "read_foreign"]

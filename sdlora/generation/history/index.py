@@ -16,8 +16,8 @@ from sdlora.generation.history.query import HistoryEntry, HistoryQuery, Selectio
 from sdlora.generation.history.ratings import Ratings
 from sdlora.generation.history.row import PictureRow, insert, read_row, row_of, signature_of
 from sdlora.generation.history.tables import SCHEMA, TABLES
-from sdlora.generation.pictures import SUFFIXES
-from sdlora.generation.request import Recipe
+from sdlora.generation.pictures.files import SUFFIXES
+from sdlora.generation.recipe import Recipe
 from sdlora.sqlite_index import SqliteIndex
 from sdlora.storage import is_there, user_path
 
@@ -83,8 +83,9 @@ class History:
         """Return the pictures of which all of that is true, the newest first.
 
         Each word of `prompt` begins a word of the picture's prompt, without regard to case and accents; in scripts without
-        spaces it stands anywhere. `adapter` and `base` are parts of a name or the beginning, 6 digits or more, of a hash;
-        `rating` is the fewest stars, 0 for pictures without any; `since` and `until` bound the time of the file.
+        spaces it stands anywhere. Punctuation is passed over; a search for nothing else is a ConfigError. `adapter` and
+        `base` are parts of a name or the beginning, 6 digits or more, of a hash; `rating` is the fewest stars, 0 for
+        pictures without any; `since` and `until` bound the time of the file.
         """
         query = HistoryQuery(prompt, negative_prompt, adapter, base, seed, since, until, rating, limit, offset)
         chosen = selection(query)

@@ -134,12 +134,17 @@ def _nanoseconds(moment: datetime) -> int:
 
 
 def _words(query: HistoryQuery) -> str:
-    """Return what the index of words is asked, "" for nothing."""
+    """Return what the index of words is asked, "" for nothing. Raises ConfigError for what it cannot be asked."""
     conditions: list[str] = []
     for column, text in (("prompt", query.prompt), ("negative", query.negative_prompt)):
         if len(text) > _LONGEST_TEXT:
             raise ConfigError(f"a search of {len(text)} characters is too long; give at most {_LONGEST_TEXT}")
-        conditions += [f"{column} : {condition}" for condition in asked(text)[:_MOST_WORDS]]
+        wanted = asked(text)
+        if text.strip() and not wanted:
+            raise ConfigError(
+                f"a search for {text[:40]!r} has no letter or digit to look for; give a word, or leave it out"
+            )
+        conditions += [f"{column} : {condition}" for condition in wanted[:_MOST_WORDS]]
     return " AND ".join(conditions)
 
 

@@ -15,8 +15,8 @@ from sdlora.errors import FormatError
 from sdlora.generation.foreign.reading import foreign_recipe
 from sdlora.generation.foreign.recipe import ForeignRecipe
 from sdlora.generation.history.words import folded, indexed, utf8
-from sdlora.generation.picture_texts import RECIPE, PictureTexts, read_texts
-from sdlora.generation.request import Recipe
+from sdlora.generation.pictures.texts import RECIPE, PictureTexts, read_texts
+from sdlora.generation.recipe import Recipe
 
 _LONGEST = 20_000
 """Characters of a prompt that are kept."""

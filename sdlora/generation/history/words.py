@@ -37,8 +37,11 @@ def _pairs(word: str) -> list[str]:
 
 
 def asked(text: str) -> Sequence[str]:
-    """Return for each word of a search what the index is to have, as FTS5 says it: the beginning of a word, or pairs in a row."""
-    return [_asked(word) for word in dict.fromkeys(_WORD.findall(folded(text)))]
+    """Return for each word of a search what the index is to have, as FTS5 says it: the beginning of a word, or pairs in a row.
+
+    What is nothing but punctuation, _ too, is no word.
+    """
+    return [_asked(word) for word in dict.fromkeys(_WORD.findall(folded(text))) if word.strip("_")]
 
 
 def _asked(word: str) -> str:

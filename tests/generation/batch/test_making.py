@@ -21,7 +21,7 @@ from sdlora.adapters.layers import LoraLayer
 from sdlora.adapters.write import write_adapter
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError, OutputError
-from sdlora.families.registry import section_sha256, usual_side
+from sdlora.families.registry import describe_base
 from sdlora.families.sd import SD2
 from sdlora.generation.asked import asked_pictures
 from sdlora.generation.batch.faults import Faults
@@ -33,7 +33,7 @@ from sdlora.generation.batch.plan import BatchPlan, Picture, plan_batch
 from sdlora.generation.batch.ranks import deal
 from sdlora.generation.batch.rate import measured_rate
 from sdlora.generation.engine import Engine
-from sdlora.generation.pictures import FileFormat, read_recipe
+from sdlora.generation.pictures.files import FileFormat, read_recipe
 from sdlora.generation.request import make_request
 
 
@@ -476,8 +476,8 @@ def test_progress_tells_the_time_left(base: BaseSection, engine: Engine, tmp_pat
 
 def test_the_side_and_the_hash_of_a_base_are_known_without_loading_it(base: BaseSection, tiny_base: Any) -> None:
     loaded = tiny_base()
-    assert usual_side(base) == loaded.resolution
-    assert section_sha256(base) == loaded.source.sha256
+    described = describe_base(base)
+    assert described.side == loaded.resolution and described.sha256 == loaded.source.sha256
 
 
 # --- without a base ----------------------------------------------------------------------------------

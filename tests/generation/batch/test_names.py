@@ -13,8 +13,8 @@ from sdlora.generation.batch.manifest import NAME, ManifestWriter
 from sdlora.generation.batch.names import identity_mark
 from sdlora.generation.batch.plan import BatchPlan, plan_batch
 from sdlora.generation.engine import Engine
-from sdlora.generation.picture_names import FIELDS, FIELDS_OF_THE_MOMENT, picture_path
-from sdlora.generation.pictures import FileFormat, read_recipe
+from sdlora.generation.pictures.files import FileFormat, read_recipe
+from sdlora.generation.pictures.names import FIELDS, FIELDS_OF_THE_MOMENT, picture_path
 
 pytestmark = pytest.mark.parametrize("shape", ["sd1"])
 

@@ -23,11 +23,11 @@ from sdlora.generation.foreign.reading import (
     read_foreign,
 )
 from sdlora.generation.foreign.recipe import literal, without_choices
-from sdlora.generation.picture_texts import PictureTexts
-from sdlora.generation.prompt_plan import plan_prompt
+from sdlora.generation.pictures.texts import PictureTexts
 from sdlora.generation.prompts import parse_attention, parse_tags
+from sdlora.generation.prompts.plan import plan_prompt
+from sdlora.generation.prompts.wildcards import expand_wildcards
 from sdlora.generation.request import GenerationRequest
-from sdlora.generation.wildcards import expand_wildcards
 
 A1111 = (
     "a (red:1.2) ball {left|right} <lora:zorb:0.8> <lora:gone:0.5:1> <hypernet:old:1>\n"

@@ -13,8 +13,8 @@ from sdlora.errors import ConfigError, FormatError, OutputError
 from sdlora.generation.history import index as history_module
 from sdlora.generation.history.index import INDEX_NAME, History, history_of
 from sdlora.generation.history.ratings import RATINGS_NAME
-from sdlora.generation.pictures import save_picture
-from sdlora.generation.request import UsedAdapter
+from sdlora.generation.pictures.files import save_picture
+from sdlora.generation.recipe import UsedAdapter
 
 DAY = datetime(2026, 11, 22, 12)
 PICTURE = Image.new("RGB", (8, 8))
@@ -86,6 +86,7 @@ def names(entries):
         ({"prompt": "RED"}, ["b.webp", "a.png"]),  # redwood begins so
         ({"prompt": "wood"}, []),
         ({"prompt": "red, ball!"}, ["a.png"]),
+        ({"prompt": "_ - ball ?", "negative_prompt": " "}, ["c.jpg", "a.png"]),
         ({"prompt": "NAIVE cafe"}, ["a.png"]),
         ({"prompt": "赤い"}, ["c.jpg"]),  # no spaces between words
         ({"prompt": "赤い ball"}, ["c.jpg"]),
@@ -131,6 +132,8 @@ def test_an_entry_tells_what_is_shown(history, tmp_path):
         ({"rating": 6}, "rating is 6; expected 1 to 5"),
         ({"since": DAY, "until": DAY - timedelta(days=1)}, "is later than until"),
         ({"prompt": "a" * 2000}, "is too long"),
+        ({"prompt": "_"}, "a search for '_' has no letter or digit to look for; give a word, or leave it out"),
+        ({"negative_prompt": "(!)"}, r"a search for '\(!\)' has no letter"),
     ],
 )
 def test_what_makes_no_sense_is_refused(history, asked, sentence):
@@ -285,8 +288,8 @@ import json, sys
 from pathlib import Path
 from PIL import Image
 from sdlora.generation.history.index import History
-from sdlora.generation.pictures import save_picture
-from sdlora.generation.request import Recipe
+from sdlora.generation.pictures.files import save_picture
+from sdlora.generation.recipe import Recipe
 folder, text, first = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 history = History(folder)
 for number in range(15):

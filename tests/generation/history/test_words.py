@@ -19,6 +19,7 @@ def test_a_text_as_the_index_has_it():
 
 def test_what_a_search_asks_the_index():
     assert asked("Red red 猫 赤い帽") == ['"red"*', '"\ue000猫"*', '"\ue000赤い \ue000い帽"']
+    assert asked("_ __, long_hair!") == ['"long_hair"*'] and asked("_ ?!") == []
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_the_longest_search_has_an_answer(known):
 
 
 @pytest.mark.parametrize(
-    ("search", "found"), [("_", set()), ("__ a", set()), ('" a', {0}), ("\ue000a", {0}), ("a\0b", set())]
+    ("search", "found"), [("__ a", {0}), ("b _ ?", {1}), ('" a', {0}), ("\ue000a", {0}), ("a\0b", set())]
 )
 def test_no_text_is_one_that_the_index_cannot_answer(known, search, found):
     assert known(["_ a", "b"])(search) == found

@@ -1,0 +1,1 @@
+"""Pictures that begin at another picture: what is read of it, what a mask keeps, and its latents."""

@@ -1,0 +1,1 @@
+"""Larger pictures: a second pass over one made small, and ESRGAN models."""
