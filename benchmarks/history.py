@@ -137,6 +137,14 @@ def searches(found: list[Recipe]) -> dict[str, dict[str, Any]]:
         "a rare word, rated 4 or more": {"prompt": "zorblin", "rating": 4},
         "rated 4 or more": {"rating": 4},
         "eighteen words": {"prompt": " ".join(_WORDS)},
+        "adapters of one name": {"adapter": "style"},
+        "adapters of one name and a rare word": {"adapter": "style", "prompt": "zorblin"},
+        "adapters of one name, a base and a word, rated 4 or more": {
+            "adapter": "style",
+            "base": "base-1",
+            "prompt": "portrait",
+            "rating": 4,
+        },
         "everything of a word, counted": {"prompt": "river", "limit": 1, "offset": 10_000},
     }
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from sdlora.errors import ConfigError, FormatError
-from sdlora.generation.history.query import HistoryEntry, HistoryQuery, Selection, selection
+from sdlora.generation.history.query import HistoryEntry, HistoryQuery, Row, select
 from sdlora.generation.history.ratings import Ratings
 from sdlora.generation.history.row import PictureRow, insert, read_row, row_of, signature_of
 from sdlora.generation.history.tables import SCHEMA, TABLES
@@ -88,12 +88,11 @@ class History:
         pictures without any; `since` and `until` bound the time of the file.
         """
         query = HistoryQuery(prompt, negative_prompt, adapter, base, seed, since, until, rating, limit, offset)
-        chosen = selection(query)
         before = self._index.times_begun_anew
-        found = self._select(chosen)
+        found = self._select(query)
         if self._index.times_begun_anew != before:
             self._refresh(None)
-            found = self._select(chosen)
+            found = self._select(query)
         return found
 
     def count(self) -> int:
@@ -137,16 +136,16 @@ class History:
         gone = [(place,) for place in known.keys() - there.keys()]
         self._index.do(partial(_forget, gone))
 
-    def _select(self, chosen: Selection) -> list[HistoryEntry]:
+    def _select(self, query: HistoryQuery) -> list[HistoryEntry]:
         try:
-            return [self._entry(*row) for row in self._index.do(partial(self._rows, chosen))]
+            return [self._entry(*row) for row in self._index.do(partial(self._rows, query))]
         except (ValueError, TypeError):  # what stands in the index was not written by us
             self.rebuild()
-            return [self._entry(*row) for row in self._index.do(partial(self._rows, chosen))]
+            return [self._entry(*row) for row in self._index.do(partial(self._rows, query))]
 
-    def _rows(self, chosen: Selection, connection: sqlite3.Connection) -> list[tuple[bytes, int, str, int | None]]:
+    def _rows(self, query: HistoryQuery, connection: sqlite3.Connection) -> list[Row]:
         self._ratings.load(connection)
-        return connection.execute(chosen.sql, chosen.values).fetchall()
+        return select(connection, query)
 
     def _entry(self, place: bytes, made: int, facts: str, stars: int | None) -> HistoryEntry:
         when = datetime.fromtimestamp(made / 1e9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +17,8 @@ _MOST_WORDS, _LONGEST_TEXT = 32, 1000
 _LARGEST = 2**62
 _LATEST_NS = 2**63 - 1
 """What SQLite holds; the year 2262."""
+_MANY_USES = 10_000
+_RATED = "identity IN (SELECT identity FROM ratings WHERE stars >= ?)"
 _Condition = tuple[str, list[object]]
 """As SQL, with the values of its question marks."""
 
@@ -58,16 +61,12 @@ class HistoryQuery:
     offset: int = 0
 
 
-@dataclass(frozen=True)
-class Selection:
-    """A query as SQL."""
-
-    sql: str
-    values: tuple[object, ...]
+Row = tuple[bytes, int, str, int | None]
+"""(place, time, facts, stars)."""
 
 
-def selection(query: HistoryQuery) -> Selection:
-    """Return the SQL that finds (place, time, facts, stars), the newest first. Raises ConfigError for nonsense.
+def select(connection: sqlite3.Connection, query: HistoryQuery) -> list[Row]:
+    """Return the pictures asked for, the newest first. Raises ConfigError for nonsense.
 
     The pictures that are shown are chosen by their ids alone, where words are looked for in the index of words, which is
     read from its end only as far as needed.
@@ -77,24 +76,15 @@ def selection(query: HistoryQuery) -> Selection:
     # A + keeps SQLite from asking the index of words anew for each id of a list.
     table, number, order = ("words", "+rowid", "rowid") if words else ("pictures", "id", "id")
     conditions: list[_Condition] = [("words MATCH ?", [words]) if words else ("problem = ''", [])]
-    of_pictures: list[_Condition] = []  # what the table of pictures alone can tell
     if query.adapter:
-        named, told = _named(query.adapter, ("sha256", "tensor_sha256"))
-        used = f"SELECT picture FROM uses WHERE adapter IN (SELECT id FROM adapters WHERE {named})"
-        conditions.append((f"{number} IN ({used})", told))
-    if query.base:
-        named, told = _named(query.base, ("sha256",))
-        of_pictures.append((f"base IN (SELECT id FROM bases WHERE {named})", told))
-    if query.seed is not None:
-        of_pictures.append(("seed = ?", [str(query.seed)]))
-    for moment, comparison in ((query.since, ">="), (query.until, "<=")):
-        if moment is not None:
-            conditions.append((f"{order} {comparison} ?", [_nanoseconds(moment)]))
-    rated = "identity IN (SELECT identity FROM ratings WHERE stars >= ?)"
-    if query.rating:
-        of_pictures.append((rated, [query.rating]))
-    elif query.rating == 0:  # the few that are rated are listed, not the many that are not
-        conditions.append((f"{number} NOT IN (SELECT id FROM pictures WHERE {rated})", [1]))
+        conditions.append(_adapter_used(connection, query.adapter, f"{table}.{order}", number))
+    if query.since is not None:
+        conditions.append((f"{order} >= ?", [_nanoseconds(query.since)]))
+    if query.until is not None:
+        conditions.append((f"{order} <= ?", [_nanoseconds(query.until)]))
+    if query.rating == 0:  # the few that are rated are listed, not the many that are not
+        conditions.append((f"{number} NOT IN (SELECT id FROM pictures WHERE {_RATED})", [1]))
+    of_pictures = _of_pictures(query)
     if of_pictures and words:
         listed, values = _all_of(of_pictures)
         conditions.append((f"{number} IN (SELECT id FROM pictures WHERE {listed})", values))
@@ -106,7 +96,35 @@ def selection(query: HistoryQuery) -> Selection:
         "SELECT place, id, facts, (SELECT stars FROM ratings WHERE ratings.identity = pictures.identity) "
         f"FROM pictures WHERE id IN ({chosen}) ORDER BY id DESC"
     )
-    return Selection(sql, (*values, _LARGEST if query.limit is None else query.limit, query.offset))
+    limit = _LARGEST if query.limit is None else query.limit
+    return connection.execute(sql, (*values, limit, query.offset)).fetchall()
+
+
+def _of_pictures(query: HistoryQuery) -> list[_Condition]:
+    """Return what the table of pictures alone can tell."""
+    conditions: list[_Condition] = []
+    if query.base:
+        named, told = _named(query.base, ("sha256",))
+        conditions.append((f"base IN (SELECT id FROM bases WHERE {named})", told))
+    if query.seed is not None:
+        conditions.append(("seed = ?", [str(query.seed)]))
+    if query.rating:
+        conditions.append((_RATED, [query.rating]))
+    return conditions
+
+
+def _adapter_used(connection: sqlite3.Connection, adapter: str, picture: str, number: str) -> _Condition:
+    """Return the condition that a picture was made with such an adapter.
+
+    The pictures of adapters that few were made with are listed. Of others the list would take longer than to look each
+    picture up until enough are found.
+    """
+    named, told = _named(adapter, ("sha256", "tensor_sha256"))
+    of_them = f"adapter IN (SELECT id FROM adapters WHERE {named})"
+    first = f"SELECT count(*) FROM (SELECT 1 FROM uses WHERE {of_them} LIMIT {_MANY_USES})"
+    if connection.execute(first, told).fetchone()[0] < _MANY_USES:
+        return f"{number} IN (SELECT picture FROM uses WHERE {of_them})", told
+    return f"EXISTS (SELECT 1 FROM uses WHERE picture = {picture} AND {of_them})", told
 
 
 def _all_of(conditions: Sequence[_Condition]) -> _Condition:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdlora.errors import ConfigError, FormatError, OutputError
 from sdlora.generation.history import index as history_module
+from sdlora.generation.history import query
 from sdlora.generation.history.index import INDEX_NAME, History, history_of
 from sdlora.generation.history.ratings import RATINGS_NAME
 from sdlora.generation.pictures.files import save_picture
@@ -98,6 +99,8 @@ def names(entries):
         ({"adapter": "121212"}, ["c.jpg"]),
         ({"adapter": "34" * 32}, ["c.jpg"]),
         ({"adapter": "none"}, []),
+        ({"adapter": "zor", "prompt": "cat", "rating": 0}, ["b.webp"]),
+        ({"adapter": "zor", "prompt": "ball"}, []),
         ({"base": "OTHER"}, ["b.webp"]),
         ({"base": "ababab"}, ["c.jpg", "a.png"]),
         ({"seed": 2**32 - 1}, ["b.webp"]),
@@ -112,7 +115,9 @@ def names(entries):
         ({"prompt": "ball", "adapter": "cat", "seed": 3, "base": "dreamy"}, ["c.jpg"]),
     ],
 )
-def test_search(history, asked, found):
+@pytest.mark.parametrize("many_uses", [query._MANY_USES, 1], ids=["listed", "looked up"])
+def test_search(history, monkeypatch, many_uses, asked, found):
+    monkeypatch.setattr(query, "_MANY_USES", many_uses)
     assert names(history.search(**asked)) == found
 
 
