@@ -12,6 +12,10 @@ RANK, ALPHA = 3, 2.0
 LINEAR = ("lora", "loha", "lokr", "lokr pair", "lokr pairs", "dense", "dora", "dora by column", "dora of loha")
 TUCKER = ("tucker", "loha tucker", "lokr tucker")
 KINDS = LINEAR + TUCKER
+EVERYWHERE = [("sd1", kind) for kind in KINDS] + [
+    (shape, kind) for shape in ("sd2", "sdxl") for kind in ("lora", "lokr pairs", "dora", "loha tucker")
+]
+"""(family, kind) pairs: every kind in one family, and in the others those that look at the layers' shapes most."""
 
 
 def random_layer(kind: str, shape: tuple[int, ...], seed: int = 0) -> AdapterLayer:

@@ -12,3 +12,5 @@ def shape(request) -> str:
 
 one_family = pytest.mark.parametrize("shape", ["sd1"])
 """For a test of what no family enters into: files that are kept, refusals, signals, the order of work."""
+two_families = pytest.mark.parametrize("shape", ["sd1", "sdxl"])
+"""For a test of what only the number of text encoders enters into."""

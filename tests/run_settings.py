@@ -33,7 +33,7 @@ def settings(tmp_path: Path, tiny_folder: Any, shape: str) -> dict[str, Any]:
         "adapter": {"rank": 4, "alpha": 4},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
         "training": {"steps": 6, "batch_size": 2, "seed": 3},
-        "validation": {"folder": str(_draw_pictures(tmp_path / "held-out", 2, 1)), "every_steps": 3, "timesteps": 2},
+        "validation": {"folder": str(_draw_pictures(tmp_path / "held-out", 2, 1)), "every_steps": 0, "timesteps": 2},
         "output": {"folder": str(tmp_path / "run")},
     }
 

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from adapter_kinds import KINDS, LINEAR, TUCKER, random_layer
+from adapter_kinds import EVERYWHERE, KINDS, LINEAR, TUCKER, random_layer
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -100,7 +100,7 @@ def assert_same_bits(one, other) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("shape", "kind"), EVERYWHERE)
 def test_every_kind_acts_as_its_update_added_to_the_weights(tiny_base, tmp_path, kind):
     base = tiny_base()
     digest, bare = base.weights_sha256(), outputs(base)
@@ -317,7 +317,10 @@ def from_peft(layer, kind: str):
     return DoraLayer(lora, part("lora_magnitude_vector").flatten()) if kind == "dora" else lora
 
 
-@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "dora"])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [("sd1", "lora"), ("sd1", "loha"), ("sd1", "lokr"), ("sd1", "dora"), ("sd2", "lora"), ("sdxl", "dora")],
+)
 def test_the_forward_pass_is_that_of_pefts_own_layers(tiny_base, kind):
     theirs, ours = tiny_base(), tiny_base()
     paths = [place.removeprefix("unet.") for place in places(theirs) if place.startswith("unet.")]

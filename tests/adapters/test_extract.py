@@ -22,16 +22,27 @@ from sdlora.families.stored_base import open_base
 SETTINGS = ExtractSettings(Truncation(rank=2), Truncation(rank=2), precision=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def tuned_folders(tmp_path_factory):
+    """{family: (adapter, the base folder with it merged into it)}, of those that were asked for."""
+    return {}
+
+
 @pytest.fixture
-def pair(tiny_folder, checkpoints, tiny_base, make_adapter, tmp_path):
+def pair(tiny_folder, checkpoints, tiny_base, make_adapter, tuned_folders, tmp_path_factory, tmp_path):
     """`pair(family)`: (adapter, original base as one file, base folder with the adapter merged into it)."""
 
     def make(family="sd1"):
         folder = tiny_folder(family)
-        adapter = make_adapter(tiny_base(family), rank=2)
+        if family not in tuned_folders:
+            adapter, target = make_adapter(tiny_base(family), rank=2), tmp_path_factory.mktemp("tuned") / family
+            merge_into_base(
+                [MergePart("a", adapter)], open_base(BaseSection(path=str(folder))), target, MergeSettings()
+            )
+            tuned_folders[family] = adapter, target
+        adapter, target = tuned_folders[family]
+        shutil.copytree(target, tmp_path / "tuned")
         original = open_base(BaseSection(path=str(checkpoints(family)), config=str(folder)))
-        parts = [MergePart("a", adapter)]
-        merge_into_base(parts, open_base(BaseSection(path=str(folder))), tmp_path / "tuned", MergeSettings())
         return adapter, original, open_base(BaseSection(path=str(tmp_path / "tuned")))
 
     return make

@@ -282,7 +282,10 @@ def with_magnitudes(base, adapter: AdapterFile) -> AdapterFile:
     )
 
 
-@pytest.mark.parametrize("kind", ["lora", "mixed ranks", "dora"])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [*(("sd1", kind) for kind in ("lora", "mixed ranks", "dora")), ("sd2", "dora"), ("sdxl", "mixed ranks")],
+)
 def test_diffusers_reads_what_is_written_for_it_and_gives_the_same_output(
     tiny_base, tiny_folder, make_adapter, tmp_path, kind
 ):

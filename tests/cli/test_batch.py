@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import needs_fork
+from launched import launched
 from PIL import Image
 
 from sdlora.adapters.write import write_adapter
@@ -147,17 +150,33 @@ def test_pictures_that_fail_are_listed_and_the_status_says_so(
     assert main(["batch", str(jobs), *common]) == 0
 
 
+def forked_two(words: list[str], folder: Path) -> str:
+    return "".join(launched(lambda: main(words), folder))
+
+
+def launched_two(words: list[str], folder: Path) -> str:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*launch, "-m", "sdlora.cli.main", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "two_processes",
+    [pytest.param(forked_two, marks=needs_fork), pytest.param(launched_two, marks=pytest.mark.slow)],
+)
 def test_two_processes_share_a_batch_and_one_goes_on(
-    tmp_path: Path, common: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    common: list[str],
+    capsys: pytest.CaptureFixture[str],
+    two_processes: Callable[[list[str], Path], str],
 ) -> None:
     path = tmp_path / "jobs.csv"
     path.write_text("prompt,seed,width\n" + "".join(f"a ball,{n},{48 if n % 3 else 64}\n" for n in range(9)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, "-m", "sdlora.cli.main", "batch", str(path), *common, "--batch-size", "2", "--sheet"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("9 pictures, 9 to make") == 1 and "one of 2" in done.stdout
+    said = two_processes(["batch", str(path), *common, "--batch-size", "2", "--sheet"], tmp_path)
+    assert said.count("9 pictures, 9 to make") == 1 and "one of 2" in said
     out = tmp_path / "out"
     files = [name for name in names(out) if name.startswith("0")]
     assert len(files) == 9 and len(names(out)) == 11  # no process left a manifest of its own

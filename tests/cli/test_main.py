@@ -162,6 +162,7 @@ def test_launcher_script_trains(settings: dict[str, Any], tmp_path: Path) -> Non
     """`accelerate launch train/train_lora.py` puts train/ first on the path; nothing there may shadow a library."""
     script = Path(__file__).parents[2] / "train" / "train_lora.py"
     flags = [f"--{section}.{key}={value}" for section, part in settings.items() for key, value in part.items()]
+    flags += ["--training.steps=2", "--validation.folder="]
     launch = ["-m", "accelerate.commands.launch", "--num_processes=1", "--cpu", "--mixed_precision=no"]
     done = subprocess.run([sys.executable, *launch, str(script), *flags], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -72,8 +72,7 @@ def test_linear_layers_of_the_attention_blocks_are_held_in_few_bits(quantized, k
     assert 0 < (ours - theirs).norm() / theirs.norm() < {"int8": 0.02, "nf4": 0.25}[kind]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("shape", "precision"), [("sd1", "fp32"), ("sd1", "bf16"), ("sd2", "bf16"), ("sdxl", "bf16")])
 def test_an_adapter_over_it_trains_saves_and_acts_alike(quantized, tmp_path, shape, precision):
     base = quantized(precision=precision)
     digest = base.weights_sha256()
@@ -87,7 +86,7 @@ def test_an_adapter_over_it_trains_saves_and_acts_alike(quantized, tmp_path, sha
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     goal = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     losses = []
-    for _ in range(8):
+    for _ in range(4):
         with torch.autocast("cpu", dtype=base.dtype, enabled=base.dtype != torch.float32):
             loss = (predict(base).float() - goal).square().mean()
         loss.backward()

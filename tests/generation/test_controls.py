@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
 )
 from engine_help import ask, make, pixels, same, using
-from every_family import one_family
+from every_family import one_family, two_families
 from inpainting_bases import inpainting_pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -112,7 +112,9 @@ def test_the_latents_are_those_of_diffusers_own_pipeline(engine, tiny_folder, sh
     assert engine.weights_sha256() == before
 
 
-@pytest.mark.parametrize("prefix", ["control_model.", ""])
+@pytest.mark.parametrize(
+    ("shape", "prefix"), [("sd1", "control_model."), ("sd1", ""), ("sd2", ""), ("sdxl", "control_model.")]
+)
 def test_a_file_in_the_original_layout_is_the_same_model(engine, shape, led, tmp_path, prefix):
     folder = led()
     net = ControlNetModel.from_pretrained(folder["model"])
@@ -133,6 +135,7 @@ def test_a_file_in_diffusers_names_is_the_same_model(engine, shape, led):
 # --- rows --------------------------------------------------------------------------------------------
 
 
+@two_families
 def test_rows_of_a_batch_have_their_own_maps_strengths_and_spans(engine, led):
     controls = [{"map_seed": 0}, {"map_seed": 1, "strength": 0.4}, {"map_seed": 2, "end": 0.5}]
     requests = [ask(seed=n, steps=4, control=[led(**values)]) for n, values in enumerate(controls)]
@@ -159,6 +162,7 @@ def test_strength_zero_and_steps_that_never_come_are_as_without(engine, led):
     assert not same(plain, make(engine, ask(control=[led()])))
 
 
+@one_family
 def test_adapters_act_on_the_base_alone(engine, led, make_adapter, tmp_path, monkeypatch):
     path = str(tmp_path / "adapter.safetensors")
     write_adapter(make_adapter(engine.base, text_encoder=False), path, "kohya")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from engine_help import ask, make, pixels, same, using
+from every_family import one_family, two_families
 
 from sdlora.adapters.trainable import new_adapter
 from sdlora.adapters.write import write_adapter
@@ -73,10 +74,12 @@ def test_the_pixels_are_those_of_diffusers_own_pipeline(tiny_base, tiny_folder, 
     assert np.mean(ours[0] != pixels(theirs)) < 0.01
 
 
+@one_family
 def test_size_and_a_single_step(engine):
     assert make(engine, ask(width=48, height=40, steps=1))[0].shape == (40, 48, 3)
 
 
+@two_families
 def test_the_recipe_says_what_ran_and_makes_the_picture_again(engine, adapters, tmp_path):
     request = ask(seed=5, count=2, adapters=using((adapters[0], 0.8)))
     (_, _), (picture, recipe) = engine.generate(request)
@@ -111,6 +114,7 @@ def test_weight_zero_equals_no_adapter_bit_for_bit(engine, adapters):
     assert same(bare, make(engine, ask()))
 
 
+@one_family
 def test_the_order_of_earlier_requests_does_not_matter(engine, adapters, tiny_base):
     make(engine, ask(adapters=using((adapters[0], 1.0), (adapters[1], 0.5))))
     make(engine, ask(adapters=using((adapters[2], -1.0))))
@@ -118,6 +122,7 @@ def test_the_order_of_earlier_requests_does_not_matter(engine, adapters, tiny_ba
     assert same(after, make(Engine(tiny_base()), ask(adapters=using((adapters[1], 1.0)))))
 
 
+@two_families
 def test_the_base_is_as_before_after_mixes_errors_and_cancels(engine, adapters, make_adapter, tiny_base, tmp_path):
     digest, bare = engine.weights_sha256(), make(engine, ask())
     make(engine, ask(adapters=using((adapters[0], 1.0), (adapters[1], -0.7))))
@@ -148,6 +153,7 @@ def latents_of(base) -> torch.Tensor:
         return base.family.predict(base, torch.ones(1, 4, 8, 8), torch.tensor([500]), texts, [size])
 
 
+@one_family
 def test_a_cancelled_request_leaves_no_adapter_active(engine, adapters):
     bare = latents_of(engine.base)
 
@@ -160,6 +166,7 @@ def test_a_cancelled_request_leaves_no_adapter_active(engine, adapters):
     assert torch.equal(latents_of(engine.base), bare)
 
 
+@one_family
 def test_a_paused_request_leaves_no_adapter_active_and_goes_on_unharmed(engine, adapters):
     bare = latents_of(engine.base)
     request = ask(count=2, adapters=using((adapters[0], 1.0)))
@@ -172,6 +179,7 @@ def test_a_paused_request_leaves_no_adapter_active_and_goes_on_unharmed(engine, 
     assert same([first, second], expected)
 
 
+@one_family
 def test_progress_counts_to_the_last_step_of_the_last_picture(engine):
     seen = []
     make(engine, ask(count=2, steps=3), on_step=seen.append)
@@ -184,6 +192,7 @@ def test_progress_counts_to_the_last_step_of_the_last_picture(engine):
         assert total >= 3
 
 
+@one_family
 def test_adapters_stay_resident_and_the_least_recently_used_is_let_go(tiny_base, adapters, monkeypatch):
     reads = []
     real = resident.read_adapter
@@ -195,18 +204,21 @@ def test_adapters_stay_resident_and_the_least_recently_used_is_let_go(tiny_base,
     assert reads == ["adapter0", "adapter1", "adapter2", "adapter1"]
 
 
+@one_family
 def test_a_request_may_use_more_adapters_than_stay_resident(engine, adapters, tiny_base):
     request = ask(adapters=using(*((path, 0.5) for path in adapters)))
     expected = make(Engine(tiny_base()), request)
     assert same(make(Engine(tiny_base(), resident_adapters=1), request), expected)
 
 
+@one_family
 def test_a_file_that_was_written_anew_is_read_anew(engine, adapters, make_adapter, tiny_base, tmp_path):
     first = make(engine, ask(adapters=using((adapters[0], 1.0))))
     write_adapter(make_adapter(tiny_base(), seed=9, alpha=5.0), adapters[0])
     assert not same(first, make(engine, ask(adapters=using((adapters[0], 1.0)))))
 
 
+@one_family
 def test_one_file_by_two_names_is_refused(engine, adapters, tmp_path):
     other = tmp_path / "link.safetensors"
     other.symlink_to(adapters[0])
@@ -214,6 +226,7 @@ def test_one_file_by_two_names_is_refused(engine, adapters, tmp_path):
         make(engine, ask(adapters=using((adapters[0], 1.0), (str(other), 1.0))))
 
 
+@two_families
 def test_a_live_adapter_acts_in_every_picture_also_after_errors(tiny_base, adapters, tmp_path):
     base = tiny_base()
     bare = make(Engine(base), ask())
@@ -233,6 +246,7 @@ def test_a_live_adapter_acts_in_every_picture_also_after_errors(tiny_base, adapt
     assert same(live, make(engine, ask()))
 
 
+@one_family
 def test_nan_is_an_error_that_names_prompt_and_precision(engine):
     with torch.no_grad():
         engine.base.unet.conv_out.bias.fill_(float("nan"))
@@ -240,6 +254,7 @@ def test_nan_is_an_error_that_names_prompt_and_precision(engine):
         make(engine, ask())
 
 
+@one_family
 def test_nan_of_the_vae_is_an_error(engine):
     with torch.no_grad():
         engine.base.vae.decoder.conv_out.bias.fill_(float("nan"))
@@ -247,6 +262,7 @@ def test_nan_of_the_vae_is_an_error(engine):
         make(engine, ask())
 
 
+@one_family
 def test_too_little_memory_is_an_error_that_says_so_and_the_next_request_works(engine, monkeypatch):
     def no_room(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from adapter_kinds import random_layer
 from engine_help import ask, make, same, using
+from every_family import one_family, two_families
 
 from sdlora.adapters.file import AdapterFile
 from sdlora.adapters.live import base_weight
@@ -88,6 +89,7 @@ def test_a_mixed_batch_equals_the_pictures_made_alone(tiny_base, shape, adapters
     assert min(distances) > 1e-3
 
 
+@one_family
 def test_what_is_alike_is_regrouped_into_full_batches(tiny_base, shape, adapters, monkeypatch):
     engine, rows = Engine(tiny_base(shape)), []
     predict = engine.base.family.predict
@@ -105,6 +107,7 @@ def test_what_is_alike_is_regrouped_into_full_batches(tiny_base, shape, adapters
     assert all(recipe.seed == mixed[number].seed for number, _, recipe in made)
 
 
+@one_family
 def test_memory_that_is_too_small_for_all_is_enough_for_a_few(tiny_base, shape, adapters, monkeypatch):
     engine = Engine(tiny_base(shape))
     alone = make(engine, ask(count=5))
@@ -130,6 +133,7 @@ def test_memory_that_is_too_small_for_all_is_enough_for_a_few(tiny_base, shape, 
         make(engine, ask())
 
 
+@one_family
 def test_an_adapter_acts_at_its_steps_alone(tiny_base, shape, adapters):
     engine, path = Engine(tiny_base(shape)), adapters["unet"]
     bare, whole = make(engine, ask(steps=4)), make(engine, ask(steps=4, adapters=using((path, 1.0))))
@@ -145,6 +149,7 @@ def test_an_adapter_acts_at_its_steps_alone(tiny_base, shape, adapters):
     assert same(at("0.5@0"), make(engine, ask(steps=4, adapters=using((path, 0.5)))))
 
 
+@two_families
 def test_weights_by_block_reach_text_encoders_too(tiny_base, shape, adapters):
     engine, path = Engine(tiny_base(shape)), adapters["text"]
     bare = make(engine, ask())
@@ -153,6 +158,7 @@ def test_weights_by_block_reach_text_encoders_too(tiny_base, shape, adapters):
     assert same(text_alone, make(engine, ask(adapters=({"path": path, "weight": 0.0, "text_encoder_weight": 1.0},))))
 
 
+@one_family
 def test_tags_name_blocks_and_steps_and_the_recipe_keeps_them(tiny_base, shape, adapters):
     def find(name: str) -> str:
         return adapters[name]

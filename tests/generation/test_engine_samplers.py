@@ -32,6 +32,8 @@ THEIRS = {
     "DDIM": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
 }
 """Sampler -> how their pipeline is set up for it."""
+PREDICTIONS = ("sd1", "sd2")
+"""A family that predicts epsilon and one that predicts v, which is all of a family that a sampler sees."""
 
 
 @pytest.fixture
@@ -63,6 +65,7 @@ def close(one, other) -> bool:
     return bool(np.abs(one - other).max() <= 1 and np.mean(one != other) < 0.01)
 
 
+@one_family
 @pytest.mark.parametrize("sampler", ["DDIM", "PLMS", "DDPM", ""])
 def test_more_steps_than_a_sampler_has_timesteps_are_refused(engine, sampler):
     """Counted from 1, the last of 1000 would be timestep 1000, which there is not."""
@@ -88,20 +91,25 @@ def test_steps_that_a_schedule_does_not_have_are_refused_before_a_base_is_read()
         ask(sampler="DPM++ 2M", schedule="DDIM", steps=1000)
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize(
+    ("shape", "name"), [*((shape, name) for shape in PREDICTIONS for name in THEIRS), ("sdxl", "DPM++ 2M Karras")]
+)
 def test_the_pixels_are_those_of_diffusers_own_pipeline(engine, theirs, name):
     assert close(picture(engine, sampler=name), theirs(*THEIRS[name]))
 
 
+@pytest.mark.parametrize("shape", PREDICTIONS)
 def test_every_sampler_makes_another_picture_and_its_own_again(engine):
-    own = picture(engine)
-    pictures = {name: picture(engine, sampler=name) for name in SAMPLERS}
+    small = {"width": 32, "height": 32}
+    own = picture(engine, **small)
+    pictures = {name: picture(engine, sampler=name, **small) for name in SAMPLERS}
     assert len({made.tobytes() for made in pictures.values()}) == len(SAMPLERS)
     for name in ("Euler a", "DPM++ 3M SDE", "UniPC"):
-        assert same([picture(engine, sampler=name)], [pictures[name]])
-    assert same([picture(engine)], [own])
+        assert same([picture(engine, sampler=name, **small)], [pictures[name]])
+    assert same([picture(engine, **small)], [own])
 
 
+@pytest.mark.parametrize("shape", PREDICTIONS)
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_guidance_rescale_is_that_of_diffusers(engine, theirs, share):
     found = picture(engine, sampler="Euler", guidance_rescale=share)
@@ -133,6 +141,7 @@ def test_pictures_of_different_samplers_are_made_apart(engine):
         assert same([made[number]], make(engine, request))
 
 
+@one_family
 @pytest.mark.parametrize(
     ("sampler", "first", "all_"),
     [("Euler", 2, 4), ("Heun", 4, 7), ("DPM2 a", 4, 7), ("DPM++ 2S a", 4, 7), ("DPM++ 2M", 2, 4)],
@@ -152,6 +161,7 @@ def test_a_prompt_changes_at_its_step_however_often_the_sampler_evaluates(engine
     assert [torch.equal(states, seen[0]) for states in seen] == [True] * first + [False] * (all_ - first)
 
 
+@one_family
 def test_noise_of_a_cuda_device_is_drawn_for_the_first_latents_and_in_every_step(engine, theirs, monkeypatch):
     seen = []
     family = type(engine.base.family)
@@ -172,6 +182,7 @@ def test_noise_of_a_cuda_device_is_drawn_for_the_first_latents_and_in_every_step
     assert not close(found, picture(engine, sampler="Euler a"))
 
 
+@one_family
 def test_the_recipe_and_the_infotext_tell_what_ran(engine):
     asked = {"sampler": "dpm++ 2m sde", "guidance_rescale": 0.5, "noise": "cuda"}
     ((_, recipe),) = engine.generate(ask(**asked))
@@ -217,7 +228,7 @@ def test_a_base_that_predicts_epsilon_cannot_begin_at_pure_noise(engine):
 def test_samplers_work_in_half_precision(tiny_folder, shape, precision):
     engine = Engine(load_base(BaseSection(path=str(tiny_folder(shape)), precision=precision), "cpu"))
     for name in SAMPLERS:
-        ((_, recipe),) = engine.generate(ask(sampler=name, noise="cuda", guidance_rescale=0.5))
+        ((_, recipe),) = engine.generate(ask(sampler=name, noise="cuda", guidance_rescale=0.5, width=32, height=32))
         assert (recipe.sampler, recipe.precision) == (name, precision)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from engine_help import ask, make, pixels, same, using
+from every_family import one_family, two_families
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -50,6 +51,7 @@ def zorb(**values):
     return ask(**{"prompt": "a zorb", "negative_prompt": "zorb, blue", **values})
 
 
+@two_families
 def test_a_new_word_acts_in_its_request_alone(engine, words, tiny_base):
     digest, bare = engine.weights_sha256(), make(engine, zorb())
     without_word = make(engine, ask())
@@ -66,6 +68,7 @@ def test_a_new_word_acts_in_its_request_alone(engine, words, tiny_base):
     assert engine.weights_sha256() == digest
 
 
+@two_families
 @pytest.mark.parametrize("kind", ["pair", "bundle"])
 def test_words_act_with_their_adapters_layers(engine, words, kind):
     bare = make(engine, zorb())
@@ -75,6 +78,7 @@ def test_words_act_with_their_adapters_layers(engine, words, kind):
     assert not same(expected, make(engine, zorb(adapters=using((words["layers"], 0.7)))))
 
 
+@one_family
 def test_the_recipe_names_the_words_that_acted(engine, words, tmp_path):
     chosen = using((words["pair"], 0.5), (words["alone"], 1.0))
     ((picture, recipe),) = engine.generate(zorb(adapters=chosen))
@@ -90,6 +94,7 @@ def test_the_recipe_names_the_words_that_acted(engine, words, tmp_path):
         assert "<lora:pair:0.5>" in saved.info["parameters"] and "<lora:alone" not in saved.info["parameters"]
 
 
+@one_family
 def test_one_word_taught_in_two_ways_is_refused(engine, words):
     bare = make(engine, zorb())
     with pytest.raises(ConfigError, match=r"other\.safetensors: teaches the word 'ZORB', which another adapter in use"):
@@ -98,6 +103,7 @@ def test_one_word_taught_in_two_ways_is_refused(engine, words):
     make(engine, zorb(adapters=using((words["pair"], 1.0), (words["other"], 0.0))))
 
 
+@two_families
 def test_words_that_a_base_knows_stay_known_and_are_not_overruled(tiny_base, words):
     base = tiny_base()
     live = {"zorb": {name: torch.nn.Parameter(value) for name, value in vectors(base).items()}}
@@ -114,6 +120,7 @@ def test_words_that_a_base_knows_stay_known_and_are_not_overruled(tiny_base, wor
     assert not same(known, make(engine, zorb()))
 
 
+@one_family
 def test_an_error_or_a_cancel_leaves_no_word_behind(engine, words, tmp_path, monkeypatch):
     def cancel(progress):
         raise GenerationCancelled("stopped")
@@ -149,6 +156,7 @@ def test_an_embedding_for_another_base_is_refused(engine, words, tmp_path, shape
     assert same(bare, make(engine, zorb()))
 
 
+@two_families
 def test_an_embedding_works_in_the_negative_prompt_and_several_stay_resident(engine, words, monkeypatch):
     reads = []
     real = resident.read_adapter

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from engine_help import ask, make, same, using
+from every_family import one_family, two_families
 
 from sdlora.adapters.write import write_adapter
 from sdlora.config import BaseSection
@@ -49,6 +50,7 @@ class Moves:
             monkeypatch.setattr(model, method, watched(name, getattr(model, method)))
 
 
+@two_families
 def test_with_offloading_each_part_is_on_the_device_only_while_it_works(tiny_base, monkeypatch):
     base = tiny_base()
     plain = make(Engine(tiny_base()), ask(count=2, steps=2))
@@ -63,6 +65,7 @@ def test_with_offloading_each_part_is_on_the_device_only_while_it_works(tiny_bas
     assert moves.log == one * 2
 
 
+@one_family
 def test_a_base_that_is_offloaded_from_the_start_is_looked_at_on_the_device(tiny_base, monkeypatch):
     """The colours of previews are fitted to what its VAE makes."""
     base = tiny_base()
@@ -74,6 +77,7 @@ def test_a_base_that_is_offloaded_from_the_start_is_looked_at_on_the_device(tiny
     assert not moves.there
 
 
+@one_family
 def test_parts_are_off_again_after_an_error(tiny_base, monkeypatch):
     base = tiny_base()
     moves = Moves(base, monkeypatch)
@@ -85,6 +89,7 @@ def test_parts_are_off_again_after_an_error(tiny_base, monkeypatch):
     assert not moves.there
 
 
+@one_family
 def test_all_features_work_with_offloading(tiny_base, tmp_path):
     engine, plain = Engine(tiny_base(), offload="model"), Engine(tiny_base())
     request = ask(width=32, height=32, hires_scale=1.5, hires_upscaler="lanczos")
@@ -95,6 +100,7 @@ def test_all_features_work_with_offloading(tiny_base, tmp_path):
     assert same(make(engine, start), make(plain, start))
 
 
+@two_families
 def test_a_base_is_loaded_part_by_part(tiny_folder, shape, monkeypatch):
     order = []
     real_fetch, real_rest = memory.LoadedBase.fetch_unet, memory.Placement.rest
@@ -111,6 +117,7 @@ def test_offloading_a_quantised_base_is_refused():
         Engine(BaseSection(path="tiny", quantize="nf4"), offload="model")
 
 
+@one_family
 def test_channels_last_changes_how_weights_lie_and_nothing_else(tiny_base):
     base = tiny_base()
     digest = base.weights_sha256()
@@ -140,9 +147,8 @@ def compiling(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_a_compiled_unet_gives_the_same_pictures(tiny_base, compiling, adapters, shape):
-    if shape != "sd1":
-        pytest.skip("capturing takes many seconds, and one family shows it")
+@one_family  # capturing takes many seconds
+def test_a_compiled_unet_gives_the_same_pictures(tiny_base, compiling, adapters):
     base = tiny_base()
     engine, plain = Engine(base, compile=True), Engine(tiny_base())
     digest, request = engine.weights_sha256(), ask(steps=1)
@@ -158,7 +164,7 @@ def test_a_compiled_unet_gives_the_same_pictures(tiny_base, compiling, adapters,
     assert "forward" not in vars(base.unet) and engine.weights_sha256() == digest
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("shape", "precision"), [("sd1", "bf16"), ("sd1", "fp16"), ("sd2", "bf16"), ("sdxl", "fp16")])
 def test_half_precision_with_mixed_adapters_is_close_to_full(tiny_folder, tiny_base, adapters, shape, precision):
     base = load_base(BaseSection(path=str(tiny_folder(shape)), precision=precision), "cpu")
     digest = base.weights_sha256()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from engine_help import ask, make, pixels
+from every_family import one_family
 from PIL import Image
 
 from sdlora.config import BaseSection
@@ -40,6 +41,7 @@ def test_nan_in_fp16_is_computed_again_in_fp32_which_is_noted(half_base):
     assert torch.equal(picture, base.family.decode_latents(base, latents()[None].half())[0])
 
 
+@one_family
 def test_the_recipe_says_so(half_base):
     digest = half_base.weights_sha256()
     ((_, recipe),) = Engine(half_base).generate(ask(steps=1))
@@ -59,6 +61,7 @@ def test_encoding_is_computed_again_too(tiny_folder, shape):
     assert base.vae.dtype == torch.float16
 
 
+@one_family
 def test_nan_in_fp32_too_is_an_error_and_the_precision_is_as_before(half_base):
     with torch.no_grad():
         half_base.vae.decoder.conv_out.bias.fill_(float("nan"))
@@ -67,6 +70,7 @@ def test_nan_in_fp32_too_is_an_error_and_the_precision_is_as_before(half_base):
     assert half_base.vae.dtype == torch.float16
 
 
+@one_family
 def test_a_picture_of_one_colour_is_noted_with_the_stage(tiny_base):
     base = tiny_base()
     vae = Vae(base, "auto", "a cat")
@@ -83,6 +87,7 @@ def test_a_picture_of_one_colour_is_noted_with_the_stage(tiny_base):
     assert even in ([], vae.notes)
 
 
+@one_family
 def test_in_tiles_it_is_nearly_the_same_and_the_setting_is_as_before(tiny_base):
     base = tiny_base()
     whole, tiled = Vae(base, "off", "x"), Vae(base, "on", "x")
@@ -96,6 +101,7 @@ def test_in_tiles_it_is_nearly_the_same_and_the_setting_is_as_before(tiny_base):
     assert base.vae.use_tiling
 
 
+@one_family
 def test_tiles_are_diffusers_own(tiny_base):
     base = tiny_base()
     made = Vae(base, "on", "x").decode(latents(24))
@@ -103,6 +109,7 @@ def test_tiles_are_diffusers_own(tiny_base):
     assert torch.equal(made, base.family.decode_latents(base, latents(24)[None])[0])
 
 
+@one_family
 def test_auto_is_in_tiles_for_large_pictures_and_where_memory_runs_out(tiny_base, monkeypatch):
     from sdlora.generation import vae as module
 
@@ -133,6 +140,7 @@ def test_auto_is_in_tiles_for_large_pictures_and_where_memory_runs_out(tiny_base
     assert calls == [True] and first.tiled
 
 
+@one_family
 def test_the_recipe_says_whether_it_worked_in_tiles(tiny_base):
     engine = Engine(tiny_base())
     ((tiled, recipe),) = engine.generate(ask(width=128, height=128, vae_tiling="on"))
@@ -142,6 +150,7 @@ def test_the_recipe_says_whether_it_worked_in_tiles(tiny_base):
     assert not np.array_equal(pixels(tiled), pixels(whole))
 
 
+@one_family
 def test_an_exception_inside_leaves_the_vae_as_it_was(half_base, monkeypatch):
     real = half_base.vae.decode
 
@@ -156,6 +165,7 @@ def test_an_exception_inside_leaves_the_vae_as_it_was(half_base, monkeypatch):
     assert half_base.vae.dtype == torch.float16 and not half_base.vae.use_tiling
 
 
+@one_family
 def test_a_picture_to_start_from_goes_through_the_same(half_base, tmp_path):
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "red.png")
     made = make(Engine(half_base), ask(image=str(tmp_path / "red.png"), strength=0.5, steps=2))

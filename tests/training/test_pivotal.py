@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_family import one_family, two_families
 
 from sdlora import Engine, load_base, make_request, read_adapter, train
 from sdlora.families.base import LoadedBase
@@ -43,11 +44,13 @@ def moved(seen: list[dict[str, torch.Tensor]], part: str) -> list[bool]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "words", "adapter"),
+    ("shape", "tokens", "words", "adapter"),
     [
-        ({"train": "together"}, [True] * 3 + [False] * 3, [True] * 6),
-        ({"train": "together", "handover": 1.0}, [True] * 6, [True] * 6),
-        ({"train": "first", "handover": 0.34}, [True] * 2 + [False] * 4, [False] * 2 + [True] * 4),
+        ("sd1", {"train": "together"}, [True] * 3 + [False] * 3, [True] * 6),
+        ("sd1", {"train": "together", "handover": 1.0}, [True] * 6, [True] * 6),
+        ("sd1", {"train": "first", "handover": 0.34}, [True] * 2 + [False] * 4, [False] * 2 + [True] * 4),
+        ("sd2", {"train": "together"}, [True] * 3 + [False] * 3, [True] * 6),
+        ("sdxl", {"train": "first", "handover": 0.34}, [True] * 2 + [False] * 4, [False] * 2 + [True] * 4),
     ],
 )
 def test_words_and_adapter_train_in_their_steps_and_are_saved_as_a_pair(
@@ -65,6 +68,7 @@ def test_words_and_adapter_train_in_their_steps_and_are_saved_as_a_pair(
         assert torch.equal(vectors, seen[-1][f"tokens.{encoder}.zorb:vectors"])
 
 
+@one_family
 def test_a_batch_without_the_word_changes_nothing_while_words_alone_train(
     configure: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -79,6 +83,7 @@ def test_a_batch_without_the_word_changes_nothing_while_words_alone_train(
     assert any(changed) and not all(changed)
 
 
+@two_families
 def test_words_alone_give_an_embedding_that_the_engine_knows(configure: Any, settings: dict[str, Any]) -> None:
     del settings["adapter"], settings["optimizer"]["learning_rate"]
     result = train(configure(tokens={"train": "alone", "learning_rate": 0.05}))
@@ -96,6 +101,7 @@ def test_words_alone_give_an_embedding_that_the_engine_knows(configure: Any, set
     assert picture("a ball", 1) == picture("a ball", 0)
 
 
+@one_family
 def test_several_words_alone_are_an_embedding_file_each(
     configure: Any, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -133,6 +139,7 @@ def test_headers_tell_the_rates_of_what_was_trained(configure: Any, settings: di
     assert not [key for key in alone if key.startswith("ss_network_")]
 
 
+@two_families
 def test_no_row_of_the_bases_own_words_changes(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor anything else of the base: the tables are as long as they were, and every bit is in its place."""
     bases: list[tuple[LoadedBase, str]] = []
@@ -155,37 +162,45 @@ def test_no_row_of_the_bases_own_words_changes(configure: Any, monkeypatch: pyte
         assert torch.equal(table, fresh.text_encoders[name].get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("stop", [2, 4])  # before and after the handover
-def test_a_resumed_pivotal_run_gives_the_uninterrupted_ones_files(configure: Any, stop: int, tmp_path: Path) -> None:
+@two_families
+def test_a_resumed_pivotal_run_gives_the_uninterrupted_ones_files(configure: Any, tmp_path: Path) -> None:
     values = {
         "tokens": {"train": "together"},
         "training__ema_decay": 0.9,
-        "training__checkpoint_every_steps": stop,
+        "training__checkpoint_every_steps": 2,
         "adapter__rank_dropout": 0.2,
+        "adapter__targets": ("attn2.to_k", "attn2.to_v"),
+        "validation__folder": "",
     }
     whole = train(configure(**values, output__folder=str(tmp_path / "whole")))
     with pytest.MonkeyPatch.context() as patch:
         optimize = TrainingLoop._optimize
 
         def killed(self: TrainingLoop) -> tuple[float, float]:
-            if self.step == stop + 1:
+            if self.step == 5:
                 raise KeyboardInterrupt
             return optimize(self)
 
         patch.setattr(TrainingLoop, "_optimize", killed)
         with pytest.raises(KeyboardInterrupt):
             train(configure(**values))
-    resumed = train(configure(**values, training__resume=True))
-    for name in ("adapter.safetensors", "embeddings/zorb.safetensors"):
-        assert sha256_of_tensor_data(resumed.folder / name) == sha256_of_tensor_data(whole.folder / name)
+    for at in (4, 2):  # after and before the handover
+        states = sorted((tmp_path / "run" / "checkpoints").iterdir())
+        assert states[-1].name == f"state-{at:06d}.pt"
+        resumed = train(configure(**values, training__resume=True, output__overwrite=True))
+        for name in ("adapter.safetensors", "embeddings/zorb.safetensors"):
+            assert sha256_of_tensor_data(resumed.folder / name) == sha256_of_tensor_data(whole.folder / name)
+        states[-1].unlink()
 
 
+@one_family
 def test_a_save_on_the_way_holds_the_words_it_was_made_with(configure: Any) -> None:
     result = train(configure(tokens={"train": "together", "handover": 1.0}, output__save_every_steps=3))
     early, last = read_adapter(result.folder / "adapter-000003.safetensors"), read_adapter(result.adapter)
     assert not torch.equal(early.tokens["zorb"]["text_encoder"], last.tokens["zorb"]["text_encoder"])
 
 
+@one_family
 def test_bundled_words_lie_in_the_adapters_file(configure: Any) -> None:
     result = train(configure(tokens={"train": "together", "save": "bundled"}))
     assert set(read_adapter(result.adapter).tokens) == {"zorb"} and result.embeddings == ()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from encoded import encode, encode_texts, picture_files
+from forked import needs_fork
+from launched import launched
 
 from sdlora.adapters.trainable import new_adapter
+from sdlora.cli.main import run_command
 from sdlora.config import write_config
 from sdlora.data.cache_folder import data_cache
 from sdlora.diffusion import seed_from
@@ -22,15 +26,29 @@ from sdlora.training.objective import batch_loss, prepare_batch, training_genera
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("shape", ["sd1"])  # launching is the same for every family
-def test_two_processes_average_their_gradients_and_write_once(configure: Any, tiny_base: Any, tmp_path: Path) -> None:
-    config = configure(training__steps=2, validation__folder="")
-    write_config(config, tmp_path / "run.toml")
+def forked_two(file: Path, folder: Path) -> str:
+    return "".join(launched(lambda: run_command("train", ["--config", str(file)]), folder))
+
+
+def launched_two(file: Path, folder: Path) -> str:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, ROOT / "train" / "train_lora.py", "--config", tmp_path / "run.toml"]
+    command = [*launch, ROOT / "train" / "train_lora.py", "--config", file]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("adapter: ") == 1
+    return done.stdout
+
+
+@pytest.mark.parametrize("shape", ["sd1"])  # launching is the same for every family
+@pytest.mark.parametrize(
+    "two_processes",
+    [pytest.param(forked_two, marks=needs_fork), pytest.param(launched_two, marks=pytest.mark.slow)],
+)
+def test_two_processes_average_their_gradients_and_write_once(
+    configure: Any, tiny_base: Any, tmp_path: Path, two_processes: Callable[[Path, Path], str]
+) -> None:
+    config = configure(training__steps=2, validation__folder="")
+    write_config(config, tmp_path / "run.toml")
+    assert two_processes(tmp_path / "run.toml", tmp_path).count("adapter: ") == 1
     folder = Path(config.output.folder)
     assert (folder / f"{config.output.name}.safetensors").is_file()
     steps = [event for event in read_events(folder / "events.jsonl") if event["event"] == "step"]

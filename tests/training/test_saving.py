@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_kinds import random_layer
-from every_family import one_family
+from every_family import one_family, two_families
 
 from sdlora import AdapterFile, read_adapter, train
 from sdlora.adapters.inspect import inspect_adapter
@@ -22,6 +22,7 @@ from sdlora.training import saving
 from sdlora.training.events import read_events
 
 EVERY = ("peft", "diffusers", "kohya")
+QUICK = {"training__steps": 2, "optimizer__warmup_steps": 0, "adapter__targets": ("attn2.*",), "validation__folder": ""}
 UNET = "unet.mid_block.attentions.0.proj_in"
 KINDS = [
     {"adapter__dora": True, "adapter__text_encoder": True},
@@ -30,7 +31,9 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kind"), [*(("sd1", kind) for kind in KINDS), ("sd2", KINDS[1]), ("sdxl", KINDS[0])], ids=str
+)
 def test_the_formats_of_one_run_do_the_same(configure: Any, kind: dict[str, Any]) -> None:
     result = train(configure(output__formats=EVERY, output__save_every_steps=4, **kind))
     names = {"kohya": "adapter.safetensors", "peft": "adapter-peft", "diffusers": "adapter-diffusers.safetensors"}
@@ -50,11 +53,13 @@ def test_the_formats_of_one_run_do_the_same(configure: Any, kind: dict[str, Any]
     assert saved == {*names.values(), "adapter-000004.safetensors"}  # on the way kohya's alone
 
 
+@one_family
 def test_loha_goes_to_peft_too(configure: Any) -> None:
     result = train(configure(output__formats=("kohya", "peft"), adapter__kind="loha"))
     assert difference(read_adapter(result.adapter), read_adapter(result.formats["peft"])).same
 
 
+@two_families
 @pytest.mark.parametrize(
     ("formats", "adapter", "word"),
     [
@@ -64,7 +69,7 @@ def test_loha_goes_to_peft_too(configure: Any) -> None:
     ],
 )
 def test_new_words_go_with_each_format(configure: Any, formats: tuple[str, ...], adapter: str, word: str) -> None:
-    result = train(configure(tokens__train="together", output__formats=formats))
+    result = train(configure(tokens__train="together", output__formats=formats, **QUICK))
     assert result.adapter == result.folder / adapter and result.embeddings == (result.folder / word,)
     assert result.embeddings[0].is_file()
     for path in result.formats.values():
@@ -73,6 +78,7 @@ def test_new_words_go_with_each_format(configure: Any, formats: tuple[str, ...],
         assert private_entries(read_header(file).metadata) == {}  # what we write tells nothing that it should not
 
 
+@one_family
 @pytest.mark.parametrize("level", ["minimal", "none"])
 def test_no_more_text_is_saved_than_was_asked_for(configure: Any, level: str) -> None:
     config = configure(output__metadata=level, output__formats=EVERY, output__save_every_steps=4)

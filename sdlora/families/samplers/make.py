@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -122,7 +123,7 @@ def _make(base: LoadedBase, name: str, schedule: str, zero_snr: bool) -> Any:
     settings = {**_of_base(base), **kind.settings, **({"rescale_betas_zero_snr": True} if zero_snr else {})}
     scheduler = _scheduler(kind.scheduler)
     if schedule in kind.own:
-        return scheduler(**settings, **kind.own[schedule])
+        return _without_first_table(scheduler, {}, {**settings, **kind.own[schedule]})
     return _on_table(scheduler, settings, _table(schedule, base, kind.skips_second_last))
 
 
@@ -179,7 +180,7 @@ def _on_table(scheduler: type[Any], settings: Mapping[str, Any], table: Table) -
         def levels(self: Any, in_sigmas: Any, num_inference_steps: int = 0) -> np.ndarray:  # some do not tell them
             return table(num_inference_steps or self.num_inference_steps, sigmas_of(self.alphas_cumprod.numpy()))
 
-        return type(scheduler.__name__, (scheduler,), {"_convert_to_karras": levels})(**settings, **_KARRAS)
+        return _without_first_table(scheduler, {"_convert_to_karras": levels}, {**settings, **_KARRAS})
 
     def set_timesteps(self: Any, num_inference_steps: int, device: Any = None) -> None:
         scheduler.set_timesteps(self, num_inference_steps, device=device)
@@ -190,3 +191,18 @@ def _on_table(scheduler: type[Any], settings: Mapping[str, Any], table: Table) -
         self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(device)
 
     return type(scheduler.__name__, (scheduler,), {"set_timesteps": set_timesteps})(**settings)
+
+
+def _without_first_table(scheduler: type[Any], methods: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    """Return the scheduler with `methods`, made without a table of as many steps as there are timesteps.
+
+    Some constructors lay one out, level by level, in up to half a second; nothing uses it.
+    """
+    made = None
+
+    @functools.wraps(scheduler.set_timesteps)
+    def set_timesteps(self: Any, num_inference_steps: int, *arguments: Any, **options: Any) -> None:
+        scheduler.set_timesteps(self, 1 if made is None else num_inference_steps, *arguments, **options)
+
+    made = type(scheduler.__name__, (scheduler,), {**methods, "set_timesteps": set_timesteps})(**settings)
+    return made

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from engine_help import ask, make, same, using
+from every_family import one_family
 from PIL import Image
 
 from sdlora.adapters.write import write_adapter
@@ -27,6 +28,7 @@ def hooks(base) -> int:
     return sum(len(module._forward_pre_hooks) for _, model in base.components() for module in model.modules())
 
 
+@one_family
 def test_a_request_ends_within_a_step(engine, make_adapter, tmp_path):
     write_adapter(make_adapter(engine.base), tmp_path / "a.safetensors")
     digest, bare, hooked = engine.weights_sha256(), make(engine, ask()), hooks(engine.base)
@@ -57,11 +59,13 @@ def test_a_request_ends_within_a_step(engine, make_adapter, tmp_path):
     assert engine.weights_sha256() == digest
 
 
+@one_family
 def test_nothing_is_asked_between_requests(engine):
     make(engine, ask(), should_stop=lambda: False)
     assert hooks(engine.base) == hooks(Engine(engine.base).base) == 0
 
 
+@one_family
 def test_the_time_left_is_at_the_pace_so_far(engine, monkeypatch):
     """Two pictures of 4 steps, each step a second: 7 left after the first, none after the last."""
     now = 0.0
@@ -95,6 +99,7 @@ def test_each_step_can_be_looked_at(engine):
     assert len(shown) >= 3 and not np.array_equal(np.asarray(shown[0]), np.asarray(shown[-1]))
 
 
+@one_family
 def test_a_batch_shows_all_its_pictures(engine):
     counts = []
     list(engine.generate(ask(count=3), batch_size=2, on_step=lambda at: counts.append(len(at.preview()))))
@@ -143,12 +148,14 @@ def test_a_vae_of_another_size_has_a_map_of_its_own():
         assert seen(latent_colours(base), colour).argmax() == np.argmax(colour)
 
 
+@one_family
 def test_a_vae_of_the_usual_size_has_the_published_map(tiny_base):
     base = tiny_base()
     base.vae.register_to_config(block_out_channels=(128, 256, 512, 512))
     assert latent_colours(base).factors.tolist() == torch.tensor(base.family.traits.latent_rgb).tolist()
 
 
+@one_family
 def test_a_vae_that_gives_nan_for_colours_has_the_published_map(tiny_base):
     base = tiny_base()
     with torch.no_grad():
@@ -156,6 +163,7 @@ def test_a_vae_that_gives_nan_for_colours_has_the_published_map(tiny_base):
     assert latent_colours(base).factors.tolist() == torch.tensor(base.family.traits.latent_rgb).tolist()
 
 
+@one_family
 def test_cancelling_takes_a_part_of_a_step(engine):
     """The UNet of the tiny base has dozens of blocks: after it is asked to stop, no more than one of them runs."""
     started = 0

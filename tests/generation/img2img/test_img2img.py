@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, DDIMScheduler
 from engine_help import ask, make, pixels, same
+from every_family import one_family
 from PIL import Image
 
 from sdlora.errors import ConfigError, DataError
@@ -44,7 +45,10 @@ def img2img(folder: Path, **changed):
     return pipeline
 
 
-@pytest.mark.parametrize(("strength", "steps"), [(0.6, 5), (1.0, 4), (0.3, 10)])
+@pytest.mark.parametrize(
+    ("shape", "strength", "steps"),
+    [("sd1", 0.6, 5), ("sd1", 1.0, 4), ("sd1", 0.3, 10), ("sd2", 0.6, 5), ("sd2", 1.0, 4), ("sdxl", 0.6, 5)],
+)
 def test_the_pixels_are_those_of_diffusers_own_pipeline(tiny_base, tiny_folder, shape, photo, strength, steps):
     """With DDIM: PNDM, the base's own, begins at another level than the picture's there."""
     base = tiny_base()
@@ -93,12 +97,14 @@ def test_strength_zero_is_what_the_vae_makes_of_the_picture(engine, photo):
     assert np.abs(made - (expected * 255).permute(1, 2, 0).numpy()).max() <= 1
 
 
+@one_family
 def test_more_strength_leaves_less_of_the_picture(engine, photo):
     round_trip, *others = [make(engine, ask(image=photo, strength=s, steps=10))[0] for s in (0.0, 0.2, 0.9)]
     near, far = (np.abs(other - round_trip).mean() for other in others)
     assert 0 < near < far
 
 
+@one_family
 def test_pictures_from_different_pictures_share_a_batch(engine, tmp_path):
     photos = [painted(tmp_path / f"{n}.png", 64, 64, n) for n in range(3)]
     requests = [ask(image=path, seed=n, steps=4) for n, path in enumerate(photos)]
@@ -111,6 +117,7 @@ def test_pictures_from_different_pictures_share_a_batch(engine, tmp_path):
         assert np.abs(together[number] - make(engine, request)[0]).max() <= 1
 
 
+@one_family
 def test_pictures_of_other_strength_do_not(engine, photo):
     requests = [ask(image=photo, strength=s) for s in (0.5, 1.0)] + [ask()]
     made = {number: pixels(picture) for number, picture, _ in engine.generate_all(requests, batch_size=3)}
@@ -145,6 +152,7 @@ def test_what_is_not_given_follows_the_picture(asked, own, expected):
     assert work_size(ask(**asked), own, 512) == expected
 
 
+@one_family
 def test_the_result_has_the_pictures_size(engine, tmp_path):
     path = painted(tmp_path / "wide.png", 100, 44)
     assert make(engine, ask(image=path))[0].shape == (40, 96, 3)
@@ -168,6 +176,7 @@ def test_resize_modes():
     assert mask.size == (40, 30) and mask.getextrema() == (7, 7)
 
 
+@one_family
 def test_a_picture_that_lies_on_its_side_is_upright(engine, tmp_path):
     upright = Image.open(painted(tmp_path / "a.png", 48, 64))
     exif = Image.Exif()
@@ -188,6 +197,7 @@ def refused(engine, **values) -> str:
     return str(caught.value)
 
 
+@one_family
 def test_a_missing_broken_or_huge_picture_is_one_sentence_before_any_step(engine, tmp_path, photo, monkeypatch):
     monkeypatch.setattr(engine.base.unet, "forward", lambda *_, **__: pytest.fail("the UNet ran"))
     assert "missing.png: cannot be read (No such file or directory)" in refused(
@@ -202,6 +212,7 @@ def test_a_missing_broken_or_huge_picture_is_one_sentence_before_any_step(engine
     assert "would be worked at in 5000x8 pixels, at most 4096 a side" in refused(engine, image=wide)
 
 
+@one_family
 def test_a_huge_picture_can_be_worked_at_in_a_smaller_size(engine, tmp_path):
     wide = painted(tmp_path / "wide.png", 5000, 2500)
     assert make(engine, ask(image=wide, width=32))[0].shape == (16, 32, 3)
@@ -222,6 +233,7 @@ def test_settings_that_make_no_sense_are_refused(values, sentence):
     assert sentence in str(caught.value)
 
 
+@one_family
 def test_the_recipe_names_the_picture(engine, photo, tmp_path):
     ((picture, recipe),) = engine.generate(ask(image=photo, strength=0.5, resize="crop and resize"))
     assert recipe.start is not None

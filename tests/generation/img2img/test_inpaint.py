@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from diffusers import AutoPipelineForInpainting, DDIMScheduler
 from engine_help import ask, make, painted_by_diffusers, pixels, same
+from every_family import one_family
 from PIL import Image
 
 from sdlora.errors import DataError
@@ -66,6 +67,7 @@ def test_the_pixels_are_those_of_diffusers_own_pipeline(tiny_base, tiny_folder, 
     assert np.array_equal(ours[:, :32], read(photo)[:, :32])  # diffusers gives what its VAE makes of it
 
 
+@one_family
 @pytest.mark.parametrize("area", ["whole picture", "only masked"])
 def test_outside_the_blurred_mask_no_pixel_changes(engine, tmp_path, area):
     photo = painted(tmp_path / "photo.png", 96, 80)
@@ -78,6 +80,7 @@ def test_outside_the_blurred_mask_no_pixel_changes(engine, tmp_path, area):
     assert changed[42:58, 42:54].mean() > 0.9
 
 
+@one_family
 def test_only_masked_works_at_the_size_asked_for_and_keeps_the_pictures_own(engine, tmp_path):
     photo = painted(tmp_path / "photo.png", 100, 70)  # no multiples of 8
     mask = masked(tmp_path / "mask.png", (100, 70), (10, 10, 26, 26))
@@ -89,6 +92,7 @@ def test_only_masked_works_at_the_size_asked_for_and_keeps_the_pictures_own(engi
     assert set(shapes) == {(4, 6)}
 
 
+@one_family
 def test_a_batch_of_different_masks_equals_the_pictures_made_alone(engine, tmp_path, photo):
     masks = [masked(tmp_path / f"{n}.png", (64, 64), box) for n, box in enumerate([(0, 0, 24, 64), (40, 8, 64, 40)])]
     contents = ["latent noise", "fill"]
@@ -101,6 +105,7 @@ def test_a_batch_of_different_masks_equals_the_pictures_made_alone(engine, tmp_p
         assert np.abs(together[number] - make(engine, request)[0]).max() <= 1
 
 
+@one_family
 def test_what_is_under_the_mask_at_first_makes_a_difference(engine, photo, mask):
     contents = ("original", "fill", "latent noise", "latent nothing")
     made = [make(engine, ask(image=photo, mask=mask, strength=0.4, steps=5, masked_content=c)) for c in contents]
@@ -165,6 +170,7 @@ def test_fill_spreads_the_colours_from_around():
 # --- refusals and recipes ----------------------------------------------------------------------------
 
 
+@one_family
 def test_a_mask_that_cannot_be_used_is_one_sentence(engine, tmp_path, photo):
     cases = {
         masked(tmp_path / "black.png", (64, 64), (0, 0, 0, 0)): "has no white pixel",
@@ -176,6 +182,7 @@ def test_a_mask_that_cannot_be_used_is_one_sentence(engine, tmp_path, photo):
             make(engine, ask(image=photo, mask=path))
 
 
+@one_family
 @pytest.mark.parametrize(
     "values", [{}, {"inpaint_area": "only masked"}, {"resize": "crop and resize", "width": 24, "mask_blur": 0.0}]
 )
@@ -188,11 +195,13 @@ def test_a_mask_of_which_nothing_is_left_is_refused(engine, tmp_path, photo, val
         make(engine, ask(image=photo, mask=mask, height=64, **values))
 
 
+@one_family
 def test_a_mask_of_another_size_and_the_same_shape_is_scaled(engine, tmp_path, photo, mask):
     large = masked(tmp_path / "large.png", (256, 256), (128, 0, 256, 256))
     assert same(make(engine, ask(image=photo, mask=mask)), make(engine, ask(image=photo, mask=large)))
 
 
+@one_family
 def test_the_recipe_names_the_mask(engine, photo, mask):
     ((_, recipe),) = engine.generate(ask(image=photo, mask=mask, inpaint_area="only masked", masked_content="fill"))
     used = recipe.start.mask

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from every_family import one_family, two_families
 from PIL import Image
 
 from sdlora.adapters.write import write_adapter
@@ -38,7 +39,9 @@ def saved(tiny_folder, tiny_base, make_adapter, tmp_path, shape):
     return save
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize(
+    ("shape", "suffix"), [("sd1", ".png"), ("sd1", ".jpg"), ("sd1", ".webp"), ("sd2", ".png"), ("sdxl", ".png")]
+)
 def test_a_picture_is_made_again_bit_for_bit(saved, tiny_folder, shape, suffix):
     path, file = saved(suffix, prompt="a {red|blue} [ball:cat:0.5] (here:1.3) AND a dog :0.5", negative_prompt="{x|y}")
     done = replay(path, base_finder(BaseSection(path=str(tiny_folder(shape)))), lambda _: file)
@@ -48,6 +51,7 @@ def test_a_picture_is_made_again_bit_for_bit(saved, tiny_folder, shape, suffix):
     assert "{" in done.recipe.template and "{" not in done.recipe.prompt
 
 
+@one_family
 def test_what_differs_is_named(saved, tiny_folder, tmp_path, shape):
     path, file = saved()
     renamed = file.rename(tmp_path / "other.safetensors")
@@ -67,6 +71,7 @@ def test_what_differs_is_named(saved, tiny_folder, tmp_path, shape):
     }
 
 
+@one_family
 def test_a_base_is_found_by_its_hash_under_any_name(saved, tiny_folder, checkpoints, tmp_path, monkeypatch, shape):
     path, file = saved()
     models = tmp_path / "models"
@@ -84,6 +89,7 @@ def test_a_base_is_found_by_its_hash_under_any_name(saved, tiny_folder, checkpoi
     assert hashed[1:] == [models / "b.safetensors", models / "deep" / "renamed"]  # the tiny base before them
 
 
+@one_family
 def test_another_base_is_refused_with_both_hashes(saved, checkpoints, shape):
     path, file = saved()
     recipe = read_recipe(path)
@@ -107,6 +113,7 @@ def nothing_found(name, sha256):
     raise AssertionError("it was made from nothing")
 
 
+@two_families
 def test_pictures_made_from_others_and_by_named_samplers_are_made_again(saved, tiny_folder, tmp_path, shape):
     tiny = base_finder(BaseSection(path=str(tiny_folder(shape))))
     inputs = tmp_path / "inputs"

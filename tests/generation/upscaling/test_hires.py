@@ -14,6 +14,7 @@ from sdlora.generation.engine import Engine
 from sdlora.generation.pictures.infotext import infotext
 from sdlora.generation.recipe import Recipe, UsedHires
 from sdlora.generation.replay.find_input import input_finder
+from sdlora.generation.request import make_request
 from sdlora.generation.upscaling.hires import Hires, read_hires
 from sdlora.storage import serialize_tensors, sha256_of_file
 
@@ -27,7 +28,13 @@ def hires(**values) -> dict:
     return {"hires_scale": 1.5, "hires_steps": 2, "hires_strength": 0.5, "width": 32, "height": 32, **values}
 
 
-@pytest.mark.parametrize("upscaler", ["latent", "latent (nearest-exact)", "latent (bicubic)", "lanczos", "nearest"])
+@pytest.mark.parametrize(
+    ("shape", "upscaler"),
+    [
+        *(("sd1", name) for name in ("latent", "latent (nearest-exact)", "latent (bicubic)", "lanczos", "nearest")),
+        *((shape, name) for shape in ("sd2", "sdxl") for name in ("latent", "lanczos")),
+    ],
+)
 def test_the_picture_is_larger_and_repeatable(engine, upscaler):
     request = ask(**hires(hires_upscaler=upscaler))
     (made,) = make(engine, request)
@@ -86,6 +93,7 @@ def test_steps_are_those_that_run():
     assert Hires(UsedHires(2.0, 10, 0.0, "latent"), "latent").run_steps == 0
 
 
+@one_family
 def test_progress_counts_over_both_passes(engine):
     seen = []
     make(engine, ask(**hires()), on_step=seen.append)
@@ -93,6 +101,7 @@ def test_progress_counts_over_both_passes(engine):
     assert len(seen) >= 4
 
 
+@one_family
 def test_prompts_are_in_the_second_pass_what_they_were_at_the_end(engine):
     changing = make(engine, ask(prompt="[a red ball:a blue box:2]", **hires()))
     assert same(changing, make(engine, ask(**hires())))  # of two steps, the change would come after the second
@@ -105,6 +114,7 @@ def test_sizes_are_multiples_of_8():
     assert read_hires(ask()) is None
 
 
+@one_family
 def test_a_file_of_an_upscaler_enlarges(engine, tmp_path):
     path = write_upscaler(tmp_path / "tiny_x4.safetensors", blocks=1, features=4, growth=2)
     request = ask(**hires(hires_upscaler=str(path)))
@@ -117,6 +127,7 @@ def test_a_file_of_an_upscaler_enlarges(engine, tmp_path):
     assert not same([pixels(picture)], make(engine, ask(**hires(hires_upscaler="lanczos"))))
 
 
+@one_family
 def test_pictures_with_and_without_a_second_pass_are_not_mixed(engine):
     requests = [ask(**hires()), ask(width=32, height=32), ask(**hires(seed=3))]
     made = {number: pixels(picture) for number, picture, _ in engine.generate_all(requests, batch_size=3)}
@@ -124,6 +135,7 @@ def test_pictures_with_and_without_a_second_pass_are_not_mixed(engine):
         assert np.abs(made[number] - make(engine, request)[0]).max() <= 1
 
 
+@one_family
 @pytest.mark.parametrize(
     ("values", "error", "sentence"),
     [
@@ -162,3 +174,12 @@ def test_an_upscaler_may_be_a_pickle(engine, tmp_path):
     )
     assert np.array_equal(pixels(one), pixels(other))
     assert input_finder([tmp_path])(recipe.hires.upscaler, recipe.hires.upscaler_sha256) == pickled
+
+
+def test_an_upscaler_is_hashed_once(tmp_path, monkeypatch):
+    write_upscaler(tmp_path / "up.safetensors", blocks=1, features=4, growth=2)
+    hashed = []
+    monkeypatch.setattr("sdlora.storage.sha256_of_file", lambda path: hashed.append(path) or "ab" * 32)
+    for seed in range(3):
+        read_hires(make_request(prompt="a", seed=seed, hires_scale=2, hires_upscaler=str(tmp_path / "up.safetensors")))
+    assert len(hashed) == 1
