@@ -58,7 +58,7 @@ class _Job:
         self.cancelled = threading.Event()
         self.reports: queue.SimpleQueue[Report | Exception | None] = queue.SimpleQueue()
         self._started = self._first_step = self._reported = 0.0
-        self._steps_done = 0
+        self._steps_done, self._at = 0, (-1, 0)
 
     def check(self) -> None:
         if self.cancelled.is_set():
@@ -69,7 +69,8 @@ class _Job:
         self.check()
         now = time.monotonic()
         step = min(step, steps)  # some schedulers take one step more than was asked for
-        self._steps_done += 1
+        self._steps_done += max(step - self._at[1], 0) if index == self._at[0] else step
+        self._at = index, step
         self._first_step = self._first_step or now
         if now - self._reported < _REPORT_SECONDS and step < steps:
             return

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sdlora.families.base import LoadedBase
 from sdlora.families.prompts import chunk_count
+from sdlora.families.samplers.names import SAMPLERS
 from sdlora.families.words import knowing
 from sdlora.generation.asked import Asked
 from sdlora.generation.prompts.plan import Emphases
@@ -73,11 +74,16 @@ def neighbours(pictures: Sequence[P], adapters: Callable[[P], tuple[AdapterChoic
 
 
 def split_alike(base: LoadedBase, batch: Sequence[Asked], acting: Sequence[Acting]) -> list[list[int]]:
-    """Return the numbers of pictures in groups that can be made together, in the order of their first ones."""
-    groups: dict[Likeness, list[int]] = {}
+    """Return the numbers of pictures in groups that can be made together, in the order of their first ones.
+
+    A sampler whose steps are fitted to the picture has each by itself.
+    """
+    groups: dict[tuple[Likeness, int], list[int]] = {}
     for number, (picture, one) in enumerate(zip(batch, acting, strict=True)):
+        sampler = SAMPLERS.get(picture.request.sampler)
+        by_itself = 1 + number if sampler and sampler.one_by_one else 0
         with knowing(base, one.words):
-            groups.setdefault(likeness(base, picture, one.zero_snr), []).append(number)
+            groups.setdefault((likeness(base, picture, one.zero_snr), by_itself), []).append(number)
     return list(groups.values())
 
 

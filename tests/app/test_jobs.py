@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 import sdlora
-from sdlora.app.jobs import EngineJobs, Picture, Progress, Waiting
+from sdlora.app.jobs import EngineJobs, Picture, Progress, Waiting, _Job
 from sdlora.errors import GenerationCancelled, GenerationError, ModelError
 
 DEADLINE = 10.0
@@ -79,6 +79,18 @@ def test_pictures_come_in_order_with_progress(jobs):
     assert {(p.picture, p.pictures, p.step, p.steps) for p in steps} >= {(1, 2, 3, 3), (2, 2, 3, 3)}
     assert all(p.step <= p.steps for p in steps)
     assert steps[-1].seconds_left == 0
+
+
+def test_a_step_that_is_told_more_than_once_counts_once_for_the_time_left(monkeypatch):
+    """Where a sampler fits its steps to the picture, many evaluations may belong to a step."""
+    clock = iter(range(1, 10))
+    monkeypatch.setattr("sdlora.app.jobs.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    job = _Job([ask(steps=4), ask(steps=4)], "me")
+    for index, step in ((0, 1), (0, 1), (0, 2), (0, 4), (1, 1), (1, 3)):
+        job.on_step(index, step, 4)
+    told = [job.reports.get().seconds_left for _ in range(6)]
+    # At 3 there were 2 steps in 2 seconds, the first not counted; 2 and 4 are left, then 4, then 3, then 1.
+    assert told == [None, None, 2 * 6, 3 / 3 * 4, 4 / 4 * 3, 5 / 6 * 1]
 
 
 def test_cancel_ends_the_job_and_leaves_the_engine_usable(jobs):

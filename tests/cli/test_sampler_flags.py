@@ -27,9 +27,8 @@ def test_the_flags_reach_the_picture(tiny_folder, tmp_path: Path, capsys: pytest
 
 def test_a_wrong_name_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     usual = ["generate", "--base", "tiny", "--prompt", "x", "--out", str(tmp_path / "none")]
-    assert cli.main([*usual, "--sampler", "DPM adaptive"]) == 2
+    assert cli.main([*usual, "--sampler", "deis"]) == 2
     assert capsys.readouterr().err == (
-        "ConfigError: request: sampler is 'DPM adaptive'; the sampler DPM adaptive is not offered; the nearest is "
-        "DPM++ 2M\n"
+        "ConfigError: request: sampler is 'deis'; the sampler DEIS is not offered; the nearest is DPM++ 2M\n"
     )
     assert not (tmp_path / "none").exists()

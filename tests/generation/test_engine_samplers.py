@@ -1,19 +1,21 @@
 """Samplers, guidance rescale and noise sources in pictures, against diffusers' own pipelines where they have them."""
 
 import contextlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from dpm_solver_help import adaptive, fast
 from engine_help import ask, make, pixels, same, using
 from every_family import one_family
 
 from sdlora.adapters.write import write_adapter
 from sdlora.config import BaseSection
 from sdlora.errors import ConfigError
+from sdlora.families.base import PictureSize
 from sdlora.families.registry import load_base
 from sdlora.families.samplers.names import SAMPLERS
 from sdlora.generation.denoising.loop import rescale
@@ -144,7 +146,7 @@ def test_pictures_of_different_samplers_are_made_apart(engine):
 @one_family
 @pytest.mark.parametrize(
     ("sampler", "first", "all_"),
-    [("Euler", 2, 4), ("Heun", 4, 7), ("DPM2 a", 4, 7), ("DPM++ 2S a", 4, 7), ("DPM++ 2M", 2, 4)],
+    [("Euler", 2, 4), ("Heun", 4, 7), ("DPM2 a", 4, 7), ("DPM++ 2S a", 4, 7), ("DPM++ 2M", 2, 4), ("DPM fast", 2, 4)],
 )
 def test_a_prompt_changes_at_its_step_however_often_the_sampler_evaluates(engine, sampler, first, all_, monkeypatch):
     seen = []
@@ -159,6 +161,125 @@ def test_a_prompt_changes_at_its_step_however_often_the_sampler_evaluates(engine
     picture(engine, prompt="[a red ball:a blue box:2]", sampler=sampler)
     assert len(seen) == all_
     assert [torch.equal(states, seen[0]) for states in seen] == [True] * first + [False] * (all_ - first)
+
+
+@dataclass
+class Question:
+    """What the UNet was asked once."""
+
+    noisy: torch.Tensor
+    timestep: float
+    states: torch.Tensor
+
+
+@pytest.fixture
+def asked_of_the_unet(engine, monkeypatch):
+    """Everything that the UNet is asked."""
+    questions, family = [], type(engine.base.family)
+    predict = family.predict
+
+    def watched(self, base, noisy, timesteps, conditioning, *more):
+        questions.append(Question(noisy.clone(), timesteps.item(), conditioning.states[1].clone()))
+        return predict(self, base, noisy, timesteps, conditioning, *more)
+
+    monkeypatch.setattr(family, "predict", watched)
+    return questions
+
+
+@pytest.mark.parametrize("name", ["DPM fast", "DPM adaptive"])
+def test_the_unet_is_asked_what_the_formulas_of_dpm_solver_ask(engine, name, asked_of_the_unet):
+    """In float64 but for the UNet, with levels and timesteps worked out from the base's noise schedule.
+
+    The first dozen are compared: steps that follow from errors make much of a rounding later, with random weights.
+    """
+    made = picture(engine, sampler=name, steps=7)
+    found = asked_of_the_unet.copy()
+    base = engine.base
+    training = ((1 - base.alphas_cumprod.double()) / base.alphas_cumprod.double()).sqrt().numpy()
+    high, low = training[-1].item(), training[0].item()
+    rows = base.family.encode_prompts(base, ["blue", "a red ball"])
+    sizes, generator = [PictureSize((64, 64), (0, 0), (64, 64))] * 2, torch.Generator().manual_seed(11)
+
+    def draw():
+        return torch.randn(1, 4, 8, 8, generator=generator).double()
+
+    slopes = {}  # a step that is tried again begins with what is known
+
+    def seen(x, sigma):
+        if sigma not in slopes:
+            timestep = torch.tensor(np.interp(np.log(sigma), np.log(training), np.arange(1000)), dtype=torch.float32)
+            inputs = (x / (1 + sigma**2) ** 0.5).float().repeat(2, 1, 1, 1)
+            without, red = base.family.predict(base, inputs, timestep, rows, sizes)[:, None].double()
+            guided = without + 7.5 * (red - without)
+            if base.prediction == "v":
+                guided = guided / (1 + sigma**2) ** 0.5 + x * sigma / (1 + sigma**2)
+            slopes[sigma] = guided
+        return slopes[sigma]
+
+    x = draw() * high
+    with torch.no_grad():
+        if name == "DPM fast":
+            latents = fast(x, high, low, 7, 1.0, seen, draw)
+            expected = (base.family.decode_latents(base, latents.float())[0] * 255).round().permute(1, 2, 0).numpy()
+            assert len(found) == 7 and close(made, expected)
+        else:
+            adaptive(x, high, low, 1.0, seen, draw)
+    asked = asked_of_the_unet[len(found) :]
+    assert len(asked) == 7 or len(asked) > 12
+    for ours, theirs in zip(found[:12], asked, strict=False):
+        assert ours.timestep == pytest.approx(theirs.timestep, abs=0.1)
+        torch.testing.assert_close(ours.noisy, theirs.noisy, rtol=2e-3, atol=2e-3)
+
+
+@one_family
+def test_a_prompt_changes_between_steps_that_are_fitted_to_the_picture(engine, asked_of_the_unet):
+    """The steps asked for are equal parts of the way down: behind half of it, not in the middle of a step."""
+    changing = picture(engine, prompt="[a red ball:a blue box:2]", sampler="DPM adaptive")
+    red, blue = asked_of_the_unet[0].states, asked_of_the_unet[-1].states
+    said = [torch.equal(question.states, red) for question in asked_of_the_unet]
+    count = said.count(True)
+    assert said == [True] * count + [False] * (len(said) - count) and not torch.equal(red, blue)
+    training = ((1 - engine.base.alphas_cumprod) / engine.base.alphas_cumprod).sqrt().log().numpy()
+    log_levels = [np.interp(question.timestep, np.arange(1000), training) for question in asked_of_the_unet]
+    half = (training[0] + training[-1]) / 2
+    # The last step of the one prompt, which has three evaluations, begins before the half; the next behind it.
+    assert log_levels[count - 3] > half >= log_levels[count]
+    other = picture(engine, prompt="[a red ball:a blue box:0]", sampler="DPM adaptive")
+    assert not same([changing], [other])
+    assert same([other], [picture(engine, prompt="a blue box", sampler="DPM adaptive")])
+
+
+@one_family
+def test_each_picture_has_the_steps_that_are_fitted_to_it(engine, asked_of_the_unet):
+    requests = [ask(seed=3, sampler="DPM adaptive"), ask(seed=4, sampler="DPM adaptive", guidance_scale=2)]
+    together = {number: pixels(image) for number, image, _ in engine.generate_all(requests, batch_size=2)}
+    assert {len(question.noisy) for question in asked_of_the_unet} == {2}  # with the negative prompt
+    for number, request in enumerate(requests):
+        assert same([together[number]], make(engine, request))
+    series = make(engine, ask(seed=3, count=2, sampler="DPM adaptive", guidance_scale=2), batch_size=2)
+    assert same(series[1:], [together[1]])
+
+
+@one_family
+def test_progress_of_fitted_steps_tells_how_far_it_is(engine, asked_of_the_unet):
+    seen = []
+    make(engine, ask(count=2, steps=8, sampler="DPM adaptive"), on_step=seen.append)
+    first = [at for at in seen if at.pictures_done == 0]
+    steps = [at.step for at in first]
+    assert len(seen) == len(asked_of_the_unet) > 16
+    assert steps == sorted(steps) and steps[0] == 1 and steps[-1] == 8 and len(set(steps)) > 3
+    assert {at.steps for at in seen} == {8}
+    assert seen[-1].seconds_left == 0 and all(at.seconds_left > 0 for at in first)
+
+
+@one_family
+def test_a_second_pass_of_fitted_steps_is_counted_too(engine):
+    seen = []
+    request = ask(steps=4, sampler="DPM adaptive", hires_scale=2.0, hires_strength=0.5, width=32, height=32)
+    (made,) = make(engine, request, on_step=seen.append)
+    assert made.shape == (64, 64, 3)
+    assert {at.steps for at in seen} == {8} and seen[-1].step == 8
+    assert [at.step for at in seen] == sorted(at.step for at in seen)
 
 
 @one_family
@@ -233,12 +354,14 @@ def test_samplers_work_in_half_precision(tiny_folder, shape, precision):
 
 
 @pytest.mark.parametrize("shape", ["sd1"])
-@pytest.mark.parametrize("name", ["DPM2 a", "DPM++ SDE", "DPM++ 2S a", "Restart", "LMS", "UniPC", "PLMS"])
+@pytest.mark.parametrize(
+    "name", ["DPM2 a", "DPM++ SDE", "DPM++ 2S a", "DPM fast", "DPM adaptive", "Restart", "LMS", "UniPC", "PLMS"]
+)
 def test_a_sampler_begins_anew_after_a_cancelled_picture(engine, name):
     expected = picture(engine, sampler=name)
 
     def cancel(progress):
-        if progress.step == 2:
+        if progress.step >= 2:
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):

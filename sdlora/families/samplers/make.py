@@ -16,7 +16,7 @@ import torch
 from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase
 from sdlora.families.latent import sampler
-from sdlora.families.samplers.names import SAMPLERS
+from sdlora.families.samplers.names import AUTOMATIC, SAMPLERS
 from sdlora.families.samplers.sigmas import sigma_table, sigmas_of
 from sdlora.families.schedule import ends_in_pure_noise, refuse_pure_noise, zero_snr_sampler
 
@@ -36,6 +36,7 @@ _LEADING: Mapping[str, Mapping[str, Any]] = {
     "DDIM": {"timestep_spacing": "leading", "steps_offset": 1},
     "Trailing": _TRAILING,
 }
+_ITS_OWN: Mapping[str, Mapping[str, Any]] = {AUTOMATIC: {}}
 _DDIM = {"clip_sample": False, "set_alpha_to_one": False}
 _OF_SOME_NOISE = ("DDIM", "Align Your Steps", "Beta")
 """Schedules that do not begin at pure noise, or take most of their steps next to it."""
@@ -64,6 +65,8 @@ _OURS = {
     "SeededMultistepScheduler": "brownian",
     "DPMPlusPlus2SAncestralScheduler": "ancestral",
     "RestartScheduler": "restart",
+    "DPMFastScheduler": "singlestep",
+    "DPMAdaptiveScheduler": "adaptive",
 }
 """Scheduler of ours -> its module, which is imported when it is needed: what some need is slow to import."""
 _MULTI, _MULTI_SDE = "DPMSolverMultistepScheduler", "SeededMultistepScheduler"
@@ -81,13 +84,15 @@ _KINDS = {
     "DPM2 a": _Kind("KDPM2AncestralDiscreteScheduler", skips_second_last=True),
     "DPM++ SDE": _Kind("SeededSdeScheduler"),
     "DPM++ 2S a": _Kind("DPMPlusPlus2SAncestralScheduler"),
+    "DPM fast": _Kind("DPMFastScheduler", own=_ITS_OWN),
+    "DPM adaptive": _Kind("DPMAdaptiveScheduler", own=_ITS_OWN),
     "Restart": _Kind("RestartScheduler", own={}),
     "LMS": _Kind("LMSDiscreteScheduler"),
     "UniPC": _Kind("UniPCMultistepScheduler", {"solver_order": 3}, _MULTISTEP),
     "DDIM": _Kind("DDIMScheduler", _DDIM, _LEADING),
     "PLMS": _Kind("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}, _LEADING),
     "DDPM": _Kind("DDPMScheduler", {"clip_sample": False}, _LEADING),
-    "LCM": _Kind("LCMScheduler", own={"Automatic": {}}),
+    "LCM": _Kind("LCMScheduler", own=_ITS_OWN),
 }
 
 

@@ -42,6 +42,8 @@ class SamplerTraits:
     begins_at_pure_noise: bool = True
     """Whether it can do a schedule that ends in pure noise."""
     most_steps: int = 1000
+    one_by_one: bool = False
+    """Whether its steps are fitted to the picture, so that each is made by itself."""
 
 
 SAMPLERS: Mapping[str, SamplerTraits] = {
@@ -65,6 +67,19 @@ SAMPLERS: Mapping[str, SamplerTraits] = {
     ),
     "DPM2 a": SamplerTraits(
         "Karras", "the same with new noise in every step", _ANY_BUT_BETA, begins_at_pure_noise=False
+    ),
+    "DPM fast": SamplerTraits(
+        AUTOMATIC,
+        "new noise in every step; an evaluation for each step, of third order (Lu et al. 2022)",
+        (),
+        begins_at_pure_noise=False,
+    ),
+    "DPM adaptive": SamplerTraits(
+        AUTOMATIC,
+        "new noise in every step; makes as many steps as the picture needs, whatever is asked for (Lu et al. 2022)",
+        (),
+        begins_at_pure_noise=False,
+        one_by_one=True,
     ),
     "Restart": SamplerTraits(
         "Karras",
@@ -111,8 +126,6 @@ OF_SCHEDULERS: Mapping[str, str] = {
 """diffusers' scheduler, as bases name theirs -> the sampler that people call it."""
 
 _NEAREST = {
-    "DPM fast": "DPM++ 2M",
-    "DPM adaptive": "DPM++ 2M",
     "DDIM CFG++": "DDIM",
     "DEIS": "DPM++ 2M",
     "IPNDM": "PLMS",

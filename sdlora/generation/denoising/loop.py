@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from sdlora.families.base import Conditioning, LoadedBase, PictureSize
+from sdlora.families.samplers.evaluations import evaluations_of
 from sdlora.families.traits import LATENT_CHANNELS
 from sdlora.generation.denoising.besides import NOTHING, Besides, Rows
 from sdlora.generation.denoising.noise import drawing_noise
@@ -94,26 +95,27 @@ def denoise(
     noise = _noise(base, height, width, generators, encoded.dtype)
     predict = course.besides.begun(base, generators)
     latents, timesteps = noise * scheduler.init_noise_sigma, scheduler.timesteps
+    planned = len(timesteps)
     if start:
         latents, timesteps = start.begun(scheduler, noise, steps)
-    for number, timestep in enumerate(timesteps):
-        step = encoded.step(number * steps // len(scheduler.timesteps) + 1)
+    evaluations = evaluations_of(scheduler, timesteps, steps, planned)
+    for evaluation in evaluations:
+        step, timestep = encoded.step(evaluation.step), evaluation.timestep
         wanted = encoded.guides(step, course.guided)
         if wanted != batch:
             batch, conditioning = wanted, encoded.rows(wanted)
         pictures = [guide.picture for guide in batch]
         act(pictures, step)
         inputs = scheduler.scale_model_input(latents[pictures], timestep)
-        span = number / len(timesteps), (number + 1) / len(timesteps)
-        predicted = predict(Rows(inputs, timestep, conditioning, [size] * len(batch), pictures, span))
+        predicted = predict(Rows(inputs, timestep, conditioning, [size] * len(batch), pictures, evaluation.span))
         if course.guided:
             predicted = _guide(predicted, batch, guidance)
         dtype = latents.dtype
         with drawing_noise():
             latents = scheduler.step(predicted, timestep, latents, **options, return_dict=False)[0].to(dtype)
         if start:
-            latents = start.kept(scheduler, latents, noise, timesteps[number + 1 :])
-        after_step(number + 1, len(timesteps), latents)
+            latents = start.kept(scheduler, latents, noise, evaluations.following)
+        after_step(*evaluations.done, latents)
     return latents
 
 

@@ -14,6 +14,8 @@ from sdlora.generation.prompts import parse_tags
 
 _SCHEDULES = ("Karras", "Exponential", "Polyexponential", "SGM Uniform", "Uniform", "Beta", "Normal", "Simple")
 """What old versions wrote behind the sampler's name."""
+_UNSCHEDULED = ("DPM fast", "DPM adaptive")
+"""Whatever schedule was chosen, it had no part in these."""
 _EMPHASES = {"Original": "original", "No norm": "no norm", "Ignore": "ignore", "None": "none"}
 _TOLD = {
     "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size-1", "Size-2", "Model", "Model hash", "Clip skip",
@@ -90,6 +92,8 @@ def _sampler(name: str, schedule: str) -> dict[str, str]:
     if not schedule:
         ending = next((known for known in _SCHEDULES if name.endswith(f" {known}")), "")
         name, schedule = name.removesuffix(f" {ending}") if ending else name, ending
+    if name in _UNSCHEDULED:
+        schedule = ""
     found = {"sampler": name, "schedule": "" if schedule == "Automatic" else schedule}
     return {key: value for key, value in found.items() if value}
 

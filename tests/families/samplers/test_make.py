@@ -15,6 +15,7 @@ import torch
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
 from sdlora.errors import ConfigError
+from sdlora.families.samplers.evaluations import evaluations_of
 from sdlora.families.samplers.make import make_sampler, schedule_of, settings_of
 from sdlora.families.samplers.names import AUTOMATIC, OF_SCHEDULERS, SAMPLERS
 from sdlora.families.samplers.restart import restart_steps
@@ -22,7 +23,9 @@ from sdlora.families.samplers.sigmas import sigma_table, sigmas_of
 
 PAIRS = [(name, schedule) for name, traits in SAMPLERS.items() for schedule in traits.schedules]
 WITH_LEVELS = [pair for pair in PAIRS if pair[0] not in ("DDIM", "PLMS", "DDPM", "Restart")]
-OF_NOISE_LEVELS = ("Euler", "Heun", "KDPM2", "DPMSolverSDE", "DPMPlusPlus2S", "Restart", "LMS")
+OF_NOISE_LEVELS = (
+    "Euler", "Heun", "KDPM2", "DPMSolverSDE", "DPMPlusPlus2S", "Restart", "LMS", "DPMFast", "DPMAdaptive",
+)  # fmt: skip
 """How the schedulers are called whose latents are the picture plus noise, not a share of each."""
 TWICE_A_STEP = ("Heun", "KDPM2", "DPMSolverSDE", "DPMPlusPlus2S")
 SKIPPING = ("DPM2", "DPM2 a", "DPM++ 3M SDE")
@@ -56,7 +59,8 @@ def sample(sampler, steps: int, x: torch.Tensor, generator=None) -> torch.Tensor
     options = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
     levels = sigmas_of(sampler.alphas_cumprod.numpy())
     x = x * sampler.init_noise_sigma
-    for timestep in sampler.timesteps:
+    for evaluation in evaluations_of(sampler, sampler.timesteps, steps, len(sampler.timesteps)):
+        timestep = evaluation.timestep
         inputs = sampler.scale_model_input(x, timestep)
         if type(sampler).__name__.startswith(OF_NOISE_LEVELS):
             sigma = ((x[0] / inputs[0]) ** 2 - 1).sqrt()
@@ -315,15 +319,15 @@ def test_no_restart_leads_above_where_the_levels_begin():
     assert all(start > end for start, end in restart_steps(levels / 10))
 
 
-@pytest.mark.parametrize("name", [*WITH_TREES, "DPM++ 2S a"])
+@pytest.mark.parametrize("name", [*WITH_TREES, "DPM++ 2S a", "DPM fast", "DPM adaptive"])
 def test_each_picture_of_a_batch_has_its_own_noise(make, name):
-    sampler = make(name, "Karras")
+    sampler = make(name, "")
 
     def stepped(x, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         sampler.set_timesteps(4)
         sampler.set_begin_index(0)
-        for timestep in sampler.timesteps[:2]:
+        for timestep in sampler.timesteps[:3]:
             x = sampler.step(0.1 * x, timestep, x, generator=generators, return_dict=False)[0]
         return x
 

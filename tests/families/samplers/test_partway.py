@@ -10,6 +10,7 @@ import torch
 
 from sdlora.config import BaseSection
 from sdlora.families.registry import load_base
+from sdlora.families.samplers.evaluations import evaluations_of
 from sdlora.families.samplers.make import make_sampler
 from sdlora.families.samplers.names import SAMPLERS
 from sdlora.families.samplers.partway import as_noisy, last_steps
@@ -17,6 +18,8 @@ from sdlora.families.samplers.sigmas import sigmas_of
 
 TWICE_A_STEP = ("Heun", "DPM2", "DPM2 a", "DPM++ SDE", "DPM++ 2S a", "Restart")
 NAMES = [name for name in SAMPLERS if name != "LCM"]
+ENDING_ABOVE = ("DPM fast", "DPM adaptive")
+"""These end at the level of the first timestep, where the last of Uniform's steps begins."""
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +54,14 @@ def run_on(sampler, timesteps, x, behind=lambda x, following: x):
     """Return what becomes of x with a base that knows the data; `behind` is called behind each evaluation."""
     known = inspect.signature(sampler.step).parameters
     options = {"generator": seeded(3)} if "generator" in known else {}
-    for number, timestep in enumerate(timesteps):
+    evaluations = evaluations_of(sampler, timesteps, len(timesteps), len(timesteps))
+    for evaluation in evaluations:
+        timestep = evaluation.timestep
         inputs, sigma = sampler.scale_model_input(x, timestep), level_of(sampler, timestep)
         noisy = inputs * (1 + sigma**2) ** 0.5
         predicted = (noisy - denoised(noisy, sigma)) / sigma
         x = sampler.step(predicted, timestep, x, **options, return_dict=False)[0]
-        x = behind(x, timesteps[number + 1 :])
+        x = behind(x, evaluations.following)
     return x
 
 
@@ -68,7 +73,7 @@ def test_a_sampler_that_begins_in_the_middle_finds_the_data(make, name):
     assert run_on(sampler, timesteps, x).std().item() == pytest.approx(0.5, abs=0.08)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ENDING_ABOVE])
 @pytest.mark.parametrize("steps", [2, 20])
 def test_a_single_step_ends_in_what_is_denoised(make, name, steps):
     """Up to the noise of the first timestep, at which DDIM and its like end."""
@@ -79,6 +84,16 @@ def test_a_single_step_ends_in_what_is_denoised(make, name, steps):
     sigma = level_of(sampler, timestep)
     expected = denoised(sampler_scale(sampler, timestep, x) * (1 + sigma**2) ** 0.5, sigma)
     torch.testing.assert_close(run_on(sampler, timesteps, x), expected, rtol=0.01, atol=0.06)
+
+
+@pytest.mark.parametrize("name", ENDING_ABOVE)
+def test_where_a_single_step_begins_at_the_end_nothing_changes(make, name):
+    latents, noise = (torch.randn(1, 4, 8, 8, generator=seeded(seed)) for seed in (1, 2))
+    sampler = make(name, "")
+    timesteps, x = begin(sampler, 20, 1, latents, noise)
+    assert timesteps.tolist() == [0]
+    torch.testing.assert_close(x, latents + level_of(sampler, 0) * noise)
+    torch.testing.assert_close(run_on(sampler, timesteps, x), x)
 
 
 def sampler_scale(sampler, timestep, x):
@@ -143,6 +158,33 @@ def test_what_is_put_back_has_the_noise_of_the_next_evaluation(make, name, sched
     run_on(sampler, timesteps, x, put_back)
     assert len(levels) == 2 * run - 2
     assert levels == pytest.approx(sorted(levels, reverse=True), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ENDING_ABOVE)
+@pytest.mark.parametrize("run", [20, 9])
+def test_what_is_put_back_of_steps_by_the_picture_has_the_noise_of_the_next_evaluation(make, name, run):
+    """The level is that of the evaluation's timestep; with new noise a step may begin above where it evaluated last."""
+    sampler = make(name, "")
+    latents, noise = (torch.randn(1, 4, 2, 2, generator=seeded(seed)) for seed in (1, 2))
+    timesteps, x = begin(sampler, 20, run, latents, noise)
+    torch.testing.assert_close(x, latents + uniform_level(sampler, 20, 20 - run) * noise, rtol=1e-4, atol=1e-4)
+    put_back = []
+
+    def behind(x, following):
+        if not len(following):
+            return x
+        kept = as_noisy(sampler, latents, noise, following[:1])
+        torch.testing.assert_close(kept, latents + level_of(sampler, following[0]) * noise, rtol=1e-3, atol=1e-3)
+        put_back.append(following)
+        return kept
+
+    run_on(sampler, timesteps, x, behind)
+    assert len(put_back) == run - 1 if name == "DPM fast" else len(put_back) > 10
+
+
+def uniform_level(sampler, steps: int, place: int) -> float:
+    """Uniform: timesteps in equal steps from the last to the first."""
+    return level_of(sampler, torch.linspace(999, 0, steps)[place])
 
 
 @pytest.mark.parametrize(("steps", "run", "begun"), [(40, 19, 1), (40, 20, 2), (40, 36, 3)])

@@ -167,6 +167,15 @@ def test_old_names_of_samplers_are_taken_apart():
     }
 
 
+@pytest.mark.parametrize("name", ["DPM fast", "DPM adaptive"])
+@pytest.mark.parametrize("schedule", ["Automatic", "Karras"])
+def test_a_schedule_that_had_no_part_is_no_reason_to_take_another_sampler(name, schedule):
+    text = f"a\nSteps: 20, Sampler: {name}, Schedule type: {schedule}, Seed: 1, Eta: 0.5, Version: v1.10.1"
+    asked = foreign_request(foreign_recipe(PictureTexts({"parameters": text}, 64, 48, "PNG")), nothing)
+    assert (asked.request.sampler, asked.request.schedule) == (name, "")
+    assert asked.left_out == ("Eta 0.5",)  # at which it was not run as it is here
+
+
 def test_what_is_no_value_of_a_request_is_left_out():
     text = "a\nSteps: many, Sampler: Euler, Seed: 99999999999999, CFG scale: 500, Size: 513x512, Clip skip: 2"
     recipe = foreign_recipe(PictureTexts({"parameters": text}, 8, 8, "PNG"))

@@ -125,11 +125,13 @@ def test_pictures_of_other_strength_do_not(engine, photo):
         assert same([made[number]], make(engine, request))
 
 
-def test_prompts_that_change_begin_with_the_first_step_that_runs(engine, photo):
+@pytest.mark.parametrize("sampler", ["", "Restart", "DPM fast", "DPM adaptive"])
+def test_prompts_that_change_begin_with_the_first_step_that_runs(engine, photo, sampler):
     """As in AUTOMATIC1111: of 8 steps at strength 0.5 four run, and the prompt changes after the second of them."""
-    changing = make(engine, ask(prompt="[a red ball:a blue box:2]", image=photo, strength=0.5, steps=8))
-    never = make(engine, ask(prompt="[a red ball:a blue box:4]", image=photo, strength=0.5, steps=8))
-    assert same(never, make(engine, ask(image=photo, strength=0.5, steps=8)))
+    values = {"image": photo, "strength": 0.5, "steps": 8, "sampler": sampler}
+    changing = make(engine, ask(prompt="[a red ball:a blue box:2]", **values))
+    never = make(engine, ask(prompt="[a red ball:a blue box:4]", **values))
+    assert same(never, make(engine, ask(**values)))
     assert not same(changing, never)
 
 
