@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,22 @@ def forked(work: Callable[[], int | None], stdout: int, stderr: int | None = Non
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     return process
+
+
+def at_once(works: Sequence[Callable[[], int | None]], folder: Path) -> list[str]:
+    """Return what each of `works` wrote, run in processes of their own at the same time; all of them succeeded.
+
+    Their output is kept in `folder`.
+    """
+    outputs = [folder / f"output-{number}.txt" for number in range(len(works))]
+    running = []
+    for work, output in zip(works, outputs, strict=True):
+        with output.open("w") as written:
+            running.append(forked(work, written.fileno()))
+    for process in running:
+        process.join(timeout=120)
+    told = [output.read_text(encoding="utf-8") for output in outputs]
+    for process, output in zip(running, told, strict=True):
+        process.kill()
+        assert process.exitcode == 0, output[-3000:]
+    return told

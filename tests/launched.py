@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from forked import forked
+from forked import at_once
 
 PROCESSES = 2
 
@@ -30,15 +31,4 @@ def launched(work: Callable[[], int | None], folder: Path) -> list[str]:
             state._reset_state()
         return work()
 
-    outputs = [folder / f"output-{rank}.txt" for rank in range(PROCESSES)]
-    running = []
-    for rank, output in enumerate(outputs):
-        with output.open("w") as written:
-            running.append(forked(lambda rank=rank: member(rank), written.fileno()))
-    for process in running:
-        process.join(timeout=100)
-    told = [output.read_text() for output in outputs]
-    for process, output in zip(running, told, strict=True):
-        process.kill()
-        assert process.exitcode == 0, output[-3000:]
-    return told
+    return at_once([partial(member, rank) for rank in range(PROCESSES)], folder)

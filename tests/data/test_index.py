@@ -1,12 +1,11 @@
 import hashlib
 import os
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked import at_once, needs_fork
 from PIL import Image
 
 from sdlora.config import ConceptSection
@@ -185,29 +184,17 @@ def test_an_index_that_another_process_holds_is_not_thrown_away(tmp_path, monkey
         assert known(path, index) is not None
 
 
-_LEARN = """
-import sys
-from pathlib import Path
-from sdlora.config import ConceptSection
-from sdlora.data import index as index_module
-from sdlora.data.index import learn_facts, open_index
-from sdlora.data.sample import Concept, Sample
-index_module._JUST_CHANGED_NS = 0
-folder = Path(sys.argv[1])
-samples = [Sample(path, ("x",), Concept("c", ConceptSection())) for path in sorted(folder.glob("*.png"))]
-problems = []
-with open_index(folder / "index") as index:
-    print(len([fact for fact in learn_facts(samples, index, problems) if fact]), problems)
-"""
-
-
+@needs_fork
 def test_processes_may_use_it_at_once(tmp_path):
     for number in range(60):
         picture(tmp_path / f"{number}.png", (number + 1, 4))
-    runs = [
-        subprocess.Popen([sys.executable, "-c", _LEARN, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert [run.communicate(timeout=120)[0] for run in runs] == ["60 []\n"] * 2
+
+    def learn_all():
+        samples = [Sample(path, ("x",), Concept("c", ConceptSection())) for path in sorted(tmp_path.glob("*.png"))]
+        problems = []
+        with open_index(tmp_path / "index") as index:
+            print(len([fact for fact in learn_facts(samples, index, problems) if fact]), problems)
+
+    assert at_once([learn_all, learn_all], tmp_path) == ["60 []\n"] * 2
     with open_index(tmp_path / "index") as index:
         assert all(known(path, index) for path in tmp_path.glob("*.png"))

@@ -1,12 +1,11 @@
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from forked import at_once, needs_fork
 
 from sdlora.data import store as store_module
 from sdlora.data.cache_folder import CacheSize, clear_cache, measure_cache, trim_cache
@@ -134,25 +133,17 @@ def test_what_other_processes_should_have_written_is_missed(tmp_path):
         filled(tmp_path, a=torch.ones(1)).require(["a", "b"])
 
 
-_WRITER = """
-import sys, torch
-from pathlib import Path
-from sdlora.data.store import TensorStore
-store = TensorStore(Path(sys.argv[1]))
-for n in range(40):
-    if not store.find([str(n)]):
-        with store.writing() as writer:
-            writer.add(str(n), torch.full((100,), float(n)))
-print(sum(float(store.read(str(n))[0]) for n in range(40)), store.damaged)
-"""
-
-
+@needs_fork
 def test_processes_that_fill_a_store_at_once_do_not_disturb_each_other(tmp_path):
-    runs = [
-        subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert [run.communicate(timeout=120)[0] for run in runs] == ["780.0 0\n"] * 2
+    def fill():
+        store = TensorStore(tmp_path / "store")
+        for n in range(40):
+            if not store.find([str(n)]):
+                with store.writing() as writer:
+                    writer.add(str(n), torch.full((100,), float(n)))
+        print(sum(float(store.read(str(n))[0]) for n in range(40)), store.damaged)
+
+    assert at_once([fill, fill], tmp_path) == ["780.0 0\n"] * 2
 
 
 # --- size --------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 import json
 import os
 import sqlite3
-import subprocess
-import sys
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 
 import pytest
+from forked import at_once, needs_fork
 from PIL import Image
 
 from sdlora.errors import ConfigError, FormatError, OutputError
@@ -288,29 +288,18 @@ def test_no_such_folder(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-WRITER = """
-import json, sys
-from pathlib import Path
-from PIL import Image
-from sdlora.generation.history.index import History
-from sdlora.generation.pictures.files import save_picture
-from sdlora.generation.recipe import Recipe
-folder, text, first = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-history = History(folder)
-for number in range(15):
-    values = json.loads(text) | {"seed": first + number}
-    recipe = Recipe.from_json(json.dumps(values))
-    path = save_picture(Image.new("RGB", (8, 8)), recipe, folder / "same.png")
-    history.add(path, recipe)
-    history.rate(path, 1 + number % 5)
-    history.refresh()
-"""
-
-
+@needs_fork
 def test_two_processes_may_write_at_once(recipe, tmp_path):
-    command = [sys.executable, "-c", WRITER, str(tmp_path), recipe.to_json()]
-    writers = [subprocess.Popen([*command, first]) for first in ("1000", "2000")]
-    assert [writer.wait(120) for writer in writers] == [0, 0]
+    def write(first):
+        history = History(tmp_path)
+        for number in range(15):
+            made = replace(recipe, seed=first + number)
+            path = save_picture(Image.new("RGB", (8, 8)), made, tmp_path / "same.png")
+            history.add(path, made)
+            history.rate(path, 1 + number % 5)
+            history.refresh()
+
+    at_once([partial(write, 1000), partial(write, 2000)], tmp_path)
     history = History(tmp_path)
     found = history.search(limit=None)
     assert sorted(entry.seed for entry in found) == [*range(1000, 1015), *range(2000, 2015)]
