@@ -184,7 +184,7 @@ def read_place(opened: Any, place: Place) -> torch.Tensor:
 
 def skeleton(kind: Any, weights: Weights, part: str) -> Any:
     """Return the component with its structure alone, its weights on the meta device."""
-    with init_empty_weights(), no_init_weights():  # no random numbers where none are kept: a third of the time
+    with init_empty_weights(), no_init_weights():  # drawing numbers that the files replace takes as long as the rest
         if hasattr(kind, "load_config"):  # diffusers
             return kind.from_config({**kind.load_config(weights.configs / part), **weights.settings(part)})
         return kind(kind.config_class.from_pretrained(weights.configs / part))
