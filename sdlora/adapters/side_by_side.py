@@ -47,8 +47,9 @@ class SideBySide:
         down, up, scale = self._laid
         narrow = torch.bmm(inputs.to(down.dtype).reshape(len(down), -1, inputs.shape[-1]), down).mul_(scale)
         wide = result.reshape(len(up), -1, result.shape[-1])
-        if result.dtype == up.dtype:
+        if result.dtype == up.dtype == torch.float32:  # in one pass over the output
             return torch.baddbmm(wide, narrow, up).reshape(result.shape)
+        # Rounded before it is added, as where an adapter acts alone.
         return (wide + torch.bmm(narrow, up).to(result.dtype)).reshape(result.shape)
 
     def _lay(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -175,6 +175,19 @@ def test_a_result_of_another_type_than_the_weights_keeps_its_own():
     assert result.flatten().tolist() == [2 + 2**-12, 3 + 2**-12]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_half_precision_rows_are_what_each_adapter_gives_alone(dtype):
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
+    loras = [Factors(draw(4, 32).to(dtype), draw(24, 4).to(dtype), 0.3) for _ in range(3)]
+    inputs, output = draw(3, 50, 32).to(dtype), draw(3, 50, 24).to(dtype)
+    columns = [tuple(0.7 * (row == number) for row in range(3)) for number in range(3)]
+    result = SideBySide(list(zip(loras, columns, strict=True))).add_to(output, inputs)
+    for row, lora in enumerate(loras):
+        alone = output[row] + ((inputs[row] @ lora.down.T) * (0.7 * lora.scale)) @ lora.up.T
+        assert (result[row] != alone).float().mean() < 0.002  # products may be summed in another order
+
+
 def test_rows_that_would_copy_an_adapter_often_are_not_laid_out():
     lora = Factors(torch.ones(4, 6), torch.ones(5, 4), 1.0)
 
