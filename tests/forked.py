@@ -49,8 +49,10 @@ def at_once(works: Sequence[Callable[[], int | None]], folder: Path) -> list[str
             running.append(forked(work, written.fileno()))
     for process in running:
         process.join(timeout=120)
-    told = [output.read_text(encoding="utf-8") for output in outputs]
-    for process, output in zip(running, told, strict=True):
+    statuses = [process.exitcode for process in running]
+    for process in running:
         process.kill()
-        assert process.exitcode == 0, output[-3000:]
+    told = [output.read_text(encoding="utf-8") for output in outputs]
+    for status, output in zip(statuses, told, strict=True):
+        assert status == 0, output[-3000:]
     return told

@@ -70,3 +70,17 @@ def first_layout(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             renamed[f"{names[layer]}.{kind}"] = tensor
     return renamed
+
+
+def later_layout(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the same network under the names of ESRGAN's later files and BSRGAN's."""
+    names = {"conv_body": "trunk_conv", "conv_hr": "HRconv"}
+    names |= {f"conv_up{number}": f"upconv{number}" for number in (1, 2, 3)}
+    renamed = {}
+    for key, tensor in tensors.items():
+        layer, _, rest = key.partition(".")
+        if layer == "body":
+            renamed[f"RRDB_trunk.{rest.replace('rdb', 'RDB')}"] = tensor
+        else:
+            renamed[f"{names.get(layer, layer)}.{rest}"] = tensor
+    return renamed

@@ -61,18 +61,20 @@ def test_each_weight_is_the_bases_plus_the_weighted_updates(layouts, tiny_base, 
 
 
 def test_every_kind_goes_in_dora_too(layouts):
-    """Each into a layer of every sort: 3 x 3 convolutions, linear layers of the UNet and of the text encoder."""
+    """Each into a layer of every sort: 3 x 3 and 1 x 1 convolutions, linear layers of the UNet and of the text encoder."""
     for section, target in layouts("sd1"):
         base = open_base(section)
-        wide = [
-            path for path in base.layers if path.startswith("unet.") and base.shapes[f"{path}.weight"][2:] == (3, 3)
-        ]
-        linear = [path for path in base.layers if path.startswith("unet.") and len(base.shapes[f"{path}.weight"]) == 2]
+        sorts = {
+            kernel: [
+                path for path in base.layers if path.startswith("unet.") and base.shapes[f"{path}.weight"][2:] == kernel
+            ]
+            for kernel in ((3, 3), (1, 1), ())
+        }
         text = [path for path in base.layers if path.startswith("text_encoder.")]
-        places = [*zip(KINDS, wide, strict=False), *zip(LINEAR, linear, strict=False), *zip(LINEAR, text, strict=False)]
-        assert len(places) == len(KINDS) + 2 * len(LINEAR)
+        kinds_of = [(KINDS, sorts[3, 3]), *((LINEAR, paths) for paths in (sorts[1, 1], sorts[()], text))]
+        places = [pair for kinds, paths in kinds_of for pair in zip(kinds, paths, strict=False)]
+        assert len(places) == len(KINDS) + 3 * len(LINEAR)
         layers = {path: random_layer(kind, base.shapes[f"{path}.weight"]) for kind, path in places}
-        layers[PROJECTION] = random_layer("lora", base.shapes[f"{PROJECTION}.weight"])
         _, merged, found = merged_weights(section, target, [MergePart("a", AdapterFile(layers, "sd1"), 0.5)])
         for path, layer in layers.items():
             weight = base.read(f"{path}.weight")

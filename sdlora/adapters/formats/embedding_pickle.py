@@ -12,7 +12,7 @@ import torch
 
 from sdlora.adapters.formats.embedding import Vectors, checked_vectors
 from sdlora.errors import FormatError
-from sdlora.pickles import read_pickle
+from sdlora.pickles import is_weight, read_pickle
 
 _LARGEST_BYTES = 64 << 20
 
@@ -25,8 +25,8 @@ def read(path: Path) -> tuple[str, Vectors]:
     content = read_pickle(path, "embedding", _LARGEST_BYTES)
     found: Any = content.get("string_to_param", content) if isinstance(content, dict) else None
     if isinstance(found, dict):
-        tensors = [value for value in found.values() if isinstance(value, torch.Tensor)]
-        if len(tensors) == len(found) == 1 and tensors[0].nbytes <= tensors[0].untyped_storage().nbytes():
+        tensors = [value for value in found.values() if is_weight(value)]
+        if len(tensors) == len(found) == 1:
             word = path.stem if "string_to_param" in content else str(next(iter(found)))
             try:
                 return word, checked_vectors(word, {"emb_params": torch.atleast_2d(tensors[0].detach())})

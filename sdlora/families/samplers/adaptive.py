@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdlora.errors import GenerationError
 from sdlora.families.samplers.singlestep import SingleStep, SinglestepScheduler, single_step, with_noise
 
 _FIRST_STEP = 0.05
@@ -18,6 +19,8 @@ _SAFETY = 0.81
 """A step stays where the next one is to be no less than this share of it."""
 _NEAR = 1e-5
 """So near to the lowest level it has arrived."""
+_SHORTEST = 1e-7
+"""A step that is to be shorter than this leads nowhere."""
 
 
 class DPMAdaptiveScheduler(SinglestepScheduler):
@@ -92,7 +95,15 @@ class DPMAdaptiveScheduler(SinglestepScheduler):
         return False
 
     def _go_on(self, level: float) -> None:
-        """A step of the present size is planned from that level, with the lowest as its end where that is nearer."""
+        """A step of the present size is planned from that level, with the lowest as its end where that is nearer.
+
+        Raises GenerationError where no step is short enough for what the UNet gives.
+        """
+        if self._size < _SHORTEST:
+            raise GenerationError(
+                "the sampler DPM adaptive finds no step short enough, since the UNet gives too large numbers; use a lower "
+                "guidance scale or adapter weight, or another sampler"
+            )
         end = max(level * math.exp(-self._size), self._lowest)
         self._step: SingleStep = single_step(level, end, 3, self._lowest, self.config.eta)
 

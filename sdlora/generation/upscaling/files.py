@@ -14,7 +14,7 @@ import torch
 from sdlora.errors import FormatError
 from sdlora.generation.upscaling.networks import CompactPlan, Network, Plan, RrdbPlan
 from sdlora.headers import read_header
-from sdlora.pickles import read_pickle
+from sdlora.pickles import is_weight, read_pickle
 from sdlora.storage import read_tensors
 
 _LARGEST_PICKLE = 1 << 30
@@ -24,8 +24,11 @@ _PREFIXES = ("", "params_ema.", "params.", "module.")
 _OLD_BLOCK = re.compile(r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.(weight|bias)$")
 _OLD_TRUNK = re.compile(r"model\.1\.sub\.\d+\.(weight|bias)$")
 _OLD_OTHER = re.compile(r"model\.(\d+)\.(weight|bias)$")
+_LATER_NAMES = {"trunk_conv": "conv_body", "HRconv": "conv_hr"}
 _EXPECTED = "expected the .safetensors or .pth file of an ESRGAN or Real-ESRGAN network (RRDBNet or compact)"
 _LARGEST_SCALE = 8
+_MOST_BLOCKS, _MOST_LAYERS = 100, 400
+"""Published ones have 23 and 32; a small header could name thousands."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -34,7 +37,10 @@ def check_upscaler(path: Path) -> Plan:
 
     Raises FormatError where it is none that is known.
     """
-    return _checked(path, *_state(path))
+    found = _looked_at(path, *_state(path))
+    if isinstance(found, FormatError):
+        raise FormatError(str(found))
+    return found
 
 
 def read_upscaler(path: Path) -> Network:
@@ -52,17 +58,20 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=8)  # every picture of a batch asks
-def _checked(path: Path, changed_ns: int, length: int) -> Plan:
-    if _is_pickle(path):
-        shapes: Shapes = {key: tuple(tensor.shape) for key, tensor in _pickled(path).items()}
-    else:
-        shapes = read_header(path).layout.shapes
-    return _plan(path, {ours: shapes[theirs] for theirs, ours in _names(path, shapes).items()})
+def _looked_at(path: Path, changed_ns: int, length: int) -> Plan | FormatError:
+    try:
+        if _is_pickle(path):
+            shapes: Shapes = {key: tuple(tensor.shape) for key, tensor in _pickled(path).items()}
+        else:
+            shapes = read_header(path).layout.shapes
+        return _plan(path, {ours: shapes[theirs] for theirs, ours in _names(path, shapes).items()})
+    except FormatError as error:
+        return error.with_traceback(None)
 
 
 @lru_cache(maxsize=1)
 def _read(path: Path, changed_ns: int, length: int) -> Network:
-    plan = _checked(path, changed_ns, length)
+    plan = check_upscaler(path)
     tensors = _pickled(path) if _is_pickle(path) else read_tensors(path)[0]
     network = plan.network().requires_grad_(False).eval()
     network.load_state_dict({ours: tensors[theirs].float() for theirs, ours in _names(path, tensors).items()})
@@ -75,27 +84,23 @@ def _is_pickle(path: Path) -> bool:
 
 def _pickled(path: Path) -> dict[str, torch.Tensor]:
     """Return the weights in a pickle, which holds nothing else. Raises FormatError."""
-    content = read_pickle(path, "upscaler", _LARGEST_PICKLE)
-    tensors: Any = content
-    if isinstance(content, dict):
-        tensors = next((content[name] for name in _WRAPPINGS if isinstance(content.get(name), dict)), content)
-    if not (isinstance(tensors, dict) and tensors and all(map(_is_named_tensor, tensors.items()))):
+    tensors: Any = read_pickle(path, "upscaler", _LARGEST_PICKLE)
+    if isinstance(tensors, dict):
+        tensors = next((tensors[name] for name in _WRAPPINGS if isinstance(tensors.get(name), dict)), tensors)
+    if not (isinstance(tensors, dict) and tensors and all(isinstance(key, str) for key in tensors)):
         raise FormatError(f"{path}: is no upscaler that is known; {_EXPECTED}")
-    # A pickle may say of few numbers that they are many.
-    if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:
+    if others := [key for key, value in tensors.items() if not is_weight(value)]:
+        raise FormatError(f"{path}: {others[0][:80]!r} in it is no plain weight; {_EXPECTED}")
+    if sum(tensor.nbytes for tensor in tensors.values()) > path.stat().st_size:  # many may be the same few numbers
         raise FormatError(f"{path}: says of its weights that they are larger than the file; {_EXPECTED}")
     return tensors
-
-
-def _is_named_tensor(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
 def _names(path: Path, keys: Mapping[str, object]) -> dict[str, str]:
     """Return {the file's key: our name}, of ESRGAN's first layout too. Raises FormatError where the keys are others."""
     for prefix in _PREFIXES:
         if f"{prefix}conv_first.weight" in keys or f"{prefix}body.0.weight" in keys:
-            return {key: re.sub(r"^conv_up(\d)\.", _up_name, key.removeprefix(prefix)) for key in keys}
+            return {key: _our_name(key.removeprefix(prefix)) for key in keys}
     if "model.0.weight" not in keys or not any(_OLD_BLOCK.match(key) for key in keys):
         raise FormatError(f"{path}: is no upscaler that is known; {_EXPECTED}")
     numbers = sorted({int(match[1]) for key in keys if (match := _OLD_OTHER.match(key))})
@@ -108,8 +113,14 @@ def _names(path: Path, keys: Mapping[str, object]) -> dict[str, str]:
     return {key: _name_from_first_layout(key, places) for key in keys}
 
 
-def _up_name(match: re.Match[str]) -> str:
-    return f"conv_up.{int(match[1]) - 1}."
+def _our_name(key: str) -> str:
+    """Return our name of a key of Real-ESRGAN's files, or of ESRGAN's later ones, which BSRGAN has too."""
+    layer, _, rest = key.partition(".")
+    if layer == "RRDB_trunk":
+        return f"body.{rest.replace('RDB', 'rdb')}"
+    if match := re.fullmatch(r"(?:conv_up|upconv)(\d)", layer):
+        return f"conv_up.{int(match[1]) - 1}.{rest}"
+    return f"{_LATER_NAMES.get(layer, layer)}.{rest}"
 
 
 def _name_from_first_layout(key: str, places: Mapping[int, str]) -> str:
@@ -145,6 +156,8 @@ def _rrdb_plan(path: Path, shapes: Shapes) -> RrdbPlan:
         raise FormatError(
             f"{path}: takes {inside} channels and doubles {doublings} times, which is not known; {_EXPECTED}"
         )
+    if blocks > _MOST_BLOCKS:
+        raise FormatError(f"{path}: names {blocks} blocks, more than {_MOST_BLOCKS}; {_EXPECTED}")
     return RrdbPlan(2**doublings // unshuffle, blocks, features, growth, unshuffle)
 
 
@@ -154,4 +167,6 @@ def _compact_plan(path: Path, shapes: Shapes) -> CompactPlan:
     scale = math.isqrt(channels // 3)
     if channels != 3 * scale**2 or not 1 <= scale <= _LARGEST_SCALE:
         raise FormatError(f"{path}: ends in {channels} channels, which are no whole number of pixels; {_EXPECTED}")
+    if convolutions > _MOST_LAYERS:
+        raise FormatError(f"{path}: names {convolutions} layers, more than {_MOST_LAYERS}; {_EXPECTED}")
     return CompactPlan(scale, convolutions - 2, shapes["body.0.weight"][0])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from dpm_solver_help import adaptive, fast
 
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, GenerationError
 from sdlora.families.samplers.evaluations import evaluations_of
 from sdlora.families.samplers.make import make_sampler, schedule_of, settings_of
 from sdlora.families.samplers.partway import last_steps
@@ -116,6 +116,16 @@ def test_the_number_of_steps_does_not_change_what_adaptive_makes(made):
     for steps in (1, 100):
         again = sampled(sampler, steps, picture())
         assert torch.equal(again[0], once[0]) and again[1] == once[1]
+
+
+def test_adaptive_ends_where_no_step_is_short_enough(made):
+    sampler, generator = made("DPM adaptive"), seeded()
+    _, evaluations = begun(sampler, 10, 10)
+    x = picture() * sampler.init_noise_sigma
+    with pytest.raises(GenerationError, match="finds no step short enough, since the UNet gives too large numbers"):
+        for evaluation in evaluations:
+            noise = 1e30 * torch.randn(x.shape, generator=generator)
+            x = sampler.step(noise, evaluation.timestep, x, generator=generator, return_dict=False)[0]
 
 
 @pytest.mark.parametrize("name", ["DPM fast", "DPM adaptive"])

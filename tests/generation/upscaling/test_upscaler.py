@@ -1,11 +1,15 @@
 """Upscalers from files: both layouts of keys, the network's arithmetic by hand, tiles, refusals."""
 
+import random
+import zipfile
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
-from upscaler_files import compact_tensors, first_layout, rrdb_tensors, write_upscaler
+from upscaler_files import compact_tensors, first_layout, later_layout, rrdb_tensors, write_upscaler
 
 from sdlora.errors import FormatError, GenerationError
 from sdlora.generation.upscaling import upscaler as module
@@ -74,7 +78,7 @@ def test_of_a_network_for_twice_the_size_pixels_become_channels_first(tmp_path):
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4, 8])
-def test_both_layouts_are_the_same_network(tmp_path, scale):
+def test_all_layouts_are_the_same_network(tmp_path, scale):
     tensors = rrdb_tensors(scale=scale, **SMALL)
     one, other, third = (tmp_path / f"{n}.safetensors" for n in "abc")
     one.write_bytes(serialize_tensors(tensors, {}))
@@ -85,6 +89,9 @@ def test_both_layouts_are_the_same_network(tmp_path, scale):
     assert first.shape == (16 * scale, 20 * scale, 3) and first.std() > 1
     assert np.array_equal(first, np.asarray(upscale(read_upscaler(other), shown, CPU)))
     assert np.abs(first - np.asarray(upscale(read_upscaler(third), shown, CPU))).max() <= 2
+    fourth = tmp_path / "d.safetensors"
+    fourth.write_bytes(serialize_tensors(later_layout(tensors), {}))
+    assert np.array_equal(first, np.asarray(upscale(read_upscaler(fourth), shown, CPU)))
 
 
 def test_a_file_of_the_true_size_is_recognised_by_its_header(tmp_path):
@@ -165,7 +172,7 @@ class Payload:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"params": compact_tensors(2, 1, 4), "more": Payload(tmp_path / "ran")}, path)
-    with pytest.raises(FormatError, match="is no upscaler that can be read without running what is in it"):
+    with pytest.raises(FormatError, match="or holds more than weights, which is never run"):
         check_upscaler(path)
     assert not (tmp_path / "ran").exists()
 
@@ -175,9 +182,13 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     [
         ([torch.ones(2)], "is no upscaler that is known"),
         ({}, "is no upscaler that is known"),
-        ({"params": {"body.0.weight": 3}}, "is no upscaler that is known"),
+        ({"params": {"body.0.weight": 3}}, "'body.0.weight' in it is no plain weight"),
+        ({"body.0.weight": torch.ones(2, 3, 3, 3).to_sparse()}, "is no plain weight"),
+        ({"body.0.weight": torch.ones(2, 3, 3, 3, device="meta")}, "is no plain weight"),
+        ({"body.0.weight": torch.ones(2, 3, 3, 3, dtype=torch.complex64)}, "is no plain weight"),
         ({"params": {3: torch.ones(2)}}, "is no upscaler that is known"),
-        ({"body.0.weight": torch.ones(1).expand(10_000, 3, 3, 3)}, "larger than the file"),
+        ({"body.0.weight": torch.ones(1).expand(10_000, 3, 3, 3)}, "is no plain weight"),
+        (dict.fromkeys(map(str, range(50)), torch.ones(1000)), "larger than the file"),
         ({"body.0.weight": torch.ones(2, 3, 3, 3)}, "ends in 2 channels"),
         ({**compact_tensors(2, 1, 4), "body.9.weight": torch.ones(2)}, "differs from a network of its kind"),
         ({**compact_tensors(2, 1, 4), "body.3.weight": torch.ones(2)}, "at 'body.3.weight'"),
@@ -189,6 +200,61 @@ def test_a_pickle_of_something_else_is_one_sentence(tmp_path, content, sentence)
     with pytest.raises(FormatError) as caught:
         check_upscaler(path)
     assert sentence in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_refusal_is_found_once(tmp_path, monkeypatch):
+    torch.save([1], tmp_path / "x.pth")
+    loaded = []
+    monkeypatch.setattr(torch, "load", lambda *_, **__: loaded.append(1))
+    sentences = []
+    for _ in range(3):
+        with pytest.raises(FormatError) as caught:
+            check_upscaler(tmp_path / "x.pth")
+        sentences.append(str(caught.value))
+    assert len(loaded) == 1 and len(set(sentences)) == 1
+
+
+def test_a_pickle_that_unpacks_to_more_than_it_has_is_not_unpacked(tmp_path, monkeypatch):
+    torch.save(compact_tensors(2, 1, 4), tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+        packed.writestr("archive/data/99", bytes(1 << 20))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpacked"))
+    with pytest.raises(FormatError, match="is packed, which torch's own files are not"):
+        check_upscaler(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_pickles_are_one_sentence(tmp_path, zipped):
+    path, tensors = tmp_path / "x.pth", compact_tensors(2, 1, 4)
+    torch.save({"params": tensors}, path, _use_new_zipfile_serialization=zipped)
+    whole, draw = path.read_bytes(), random.Random(0)
+    for number in range(150):
+        bits = bytearray(whole)
+        bits[draw.randrange(len(bits))] ^= 1 << draw.randrange(8)
+        damaged = tmp_path / f"{number}.pth"
+        damaged.write_bytes(bits if number % 3 else bits[: draw.randrange(len(bits))])
+        with suppress(FormatError):
+            check_upscaler(damaged)
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(FormatError, match="is no file; expected an upscaler"):
+        check_upscaler(tmp_path / "folder.pth")
+
+
+def test_a_header_that_names_thousands_of_layers_is_refused_at_once(tmp_path):
+    blocks = {f"body.{n}.rdb1.conv1.weight": torch.zeros(4, 8, 1, 1) for n in range(101)}
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(serialize_tensors({**rrdb_tensors(**SMALL), **blocks}, {}))
+    with pytest.raises(FormatError, match="names 101 blocks, more than 100"):
+        check_upscaler(path)
+    path = tmp_path / "y.safetensors"
+    path.write_bytes(serialize_tensors(compact_tensors(2, layers=399, features=1), {}))
+    with pytest.raises(FormatError, match="names 401 layers, more than 400"):
+        check_upscaler(path)
 
 
 # --- tiles -------------------------------------------------------------------------------------------
