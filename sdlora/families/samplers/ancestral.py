@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import KDPM2AncestralDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from sdlora.families.samplers.sigmas import sigmas_of
+from sdlora.families.samplers.sigmas import sigmas_of, timesteps_at
 
 
 class DPMPlusPlus2SAncestralScheduler(KDPM2AncestralDiscreteScheduler):
@@ -27,9 +26,8 @@ class DPMPlusPlus2SAncestralScheduler(KDPM2AncestralDiscreteScheduler):
         super().set_timesteps(num_inference_steps, *arguments, **options)
         training = sigmas_of(self.alphas_cumprod.cpu().numpy())
         levels = self.sigmas[: 2 * num_inference_steps - 1 : 2].cpu().double().numpy()
-        timesteps = np.interp(np.log(levels), np.log(training), np.arange(len(training)))
         self.timesteps = self.timesteps.float()
-        self.timesteps[::2] = torch.from_numpy(timesteps).to(self.timesteps)
+        self.timesteps[::2] = torch.from_numpy(timesteps_at(levels, training)).to(self.timesteps)
 
     def step(
         self,

@@ -17,7 +17,7 @@ from sdlora.errors import ConfigError
 from sdlora.families.base import LoadedBase
 from sdlora.families.latent import sampler
 from sdlora.families.samplers.names import AUTOMATIC, SAMPLERS
-from sdlora.families.samplers.sigmas import sigma_table, sigmas_of
+from sdlora.families.samplers.sigmas import sigma_table, sigmas_of, timesteps_at
 from sdlora.families.schedule import ends_in_pure_noise, refuse_pure_noise, zero_snr_sampler
 
 _OF_THE_BASE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -192,8 +192,7 @@ def _on_table(scheduler: type[Any], settings: Mapping[str, Any], table: Table) -
         training = sigmas_of(self.alphas_cumprod.numpy())
         levels = table(num_inference_steps, training)
         self.sigmas = torch.from_numpy(np.append(levels, 0.0).astype(np.float32))
-        timesteps = np.interp(np.log(levels), np.log(training), np.arange(len(training)))
-        self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(device)
+        self.timesteps = torch.from_numpy(timesteps_at(levels, training)).to(device)
 
     return type(scheduler.__name__, (scheduler,), {"set_timesteps": set_timesteps})(**settings)
 

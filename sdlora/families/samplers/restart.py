@@ -11,7 +11,7 @@ import torch
 from diffusers import HeunDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from sdlora.families.samplers.sigmas import sigma_table, sigmas_of
+from sdlora.families.samplers.sigmas import sigma_table, sigmas_of, timesteps_at
 
 _LOW, _HIGH = 0.1, 2.0
 """Between which levels it is done again, as AUTOMATIC1111 has it."""
@@ -58,9 +58,8 @@ class RestartScheduler(HeunDiscreteScheduler):
         steps = np.array(list(restart_steps(levels)))
         self.sigmas = torch.from_numpy(steps.flatten().astype(np.float32))
         training = sigmas_of(self.alphas_cumprod.cpu().numpy())
-        evaluated = np.log(steps.flatten()[:-1])  # nothing is evaluated where there is no noise
-        timesteps = np.interp(evaluated, np.log(training), np.arange(len(training)))
-        self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(self.timesteps.device)
+        evaluated = steps.flatten()[:-1]  # nothing is evaluated where there is no noise
+        self.timesteps = torch.from_numpy(timesteps_at(evaluated, training)).to(self.timesteps.device)
 
 
 def restart_steps(levels: np.ndarray) -> Iterator[tuple[float, float]]:

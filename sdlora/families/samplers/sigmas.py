@@ -41,6 +41,11 @@ def _at_timesteps(timesteps: Table, training: Table) -> Table:
     return np.exp(np.interp(timesteps, np.arange(len(training)), np.log(training)))
 
 
+def timesteps_at(levels: Sequence[float] | Table, training: Table) -> Table:
+    """Return the timesteps at levels above 0, float32: between two whole ones by the logarithms of theirs."""
+    return np.interp(np.log(levels), np.log(training), np.arange(len(training))).astype(np.float32)
+
+
 def _uniform(steps: int, training: Table) -> Table:
     return _at_timesteps(np.linspace(len(training) - 1, 0, steps), training)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from sdlora.families.samplers.sigmas import sigma_table, sigmas_of
+from sdlora.families.samplers.sigmas import sigma_table, sigmas_of, timesteps_at
 
 _SHARES = {1: (0.0,), 2: (0.0, 1 / 2), 3: (0.0, 1 / 3, 2 / 3)}
 """Order -> which shares of the way down, in the logarithm of the level, its evaluations are made at."""
@@ -80,7 +81,7 @@ def fast_steps(high: float, low: float, evaluations: int, eta: float) -> Iterato
         yield single_step(start, end, order, low, eta)
 
 
-class SinglestepScheduler(EulerDiscreteScheduler):
+class SinglestepScheduler(EulerDiscreteScheduler, ABC):
     """Begins where the schedule Uniform does, partway too, and goes down to the lowest level that the base was trained at.
 
     So much noise stays. With `eta` 1, as AUTOMATIC1111 runs both samplers of this kind, noise is drawn in every step.
@@ -103,13 +104,12 @@ class SinglestepScheduler(EulerDiscreteScheduler):
         """Of the steps the last `run` alone are left."""
         self._begin(self._levels[-run:])
 
+    @abstractmethod
     def _begin(self, levels: np.ndarray) -> None:
         """The sampler is where the first of these levels of Uniform is, with so many steps to run."""
-        raise NotImplementedError
 
     def _timesteps_at(self, levels: Sequence[float] | np.ndarray) -> torch.Tensor:
-        places = np.interp(np.log(levels), np.log(self._training), np.arange(len(self._training)))
-        return torch.from_numpy(places.astype(np.float32)).to(self.timesteps.device)
+        return torch.from_numpy(timesteps_at(levels, self._training)).to(self.timesteps.device)
 
     def _slope(self, predicted: torch.Tensor, noisy: torch.Tensor, sigma: float) -> torch.Tensor:
         """Return dx / dsigma, which is the noise in x."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -41,7 +42,8 @@ class CompactPlan:
     layers: int
     """Convolutions between the first and the last."""
     features: int
-    step: int = 1
+    step: ClassVar[int] = 1
+    """Of what the sides of a picture must be multiples."""
 
     def network(self) -> Compact:
         """Return one with random weights."""
